@@ -1,0 +1,79 @@
+"""Comparisons, tolerances and shapes, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Relative RMS error against the float64 reference on the same rounded inputs, in multiples of finfo(dtype).eps.
+# "elementwise": a handful of fp32 operations and one rounding at the store. Rounding alone costs about 0.2 to 0.4 eps
+#     in 16 bits; fp32 transcendental functions cost about 1 eps.
+# "matmul": sums over K products in fp32; the error grows like sqrt(K), in practice below 4 eps for K up to 3,000 in
+#     fp32. In 16 bits the products are exact and the store rounds, but a prologue rounds its activation once more.
+TOLERANCE = {
+    "elementwise": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 0.5},
+    "matmul": {torch.float64: 8.0, torch.float32: 6.0, torch.float16: 0.6, torch.bfloat16: 0.6},
+}
+
+
+def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; NaN and infinity in `actual` give infinity."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
+    if actual.numel() == 0:
+        raise AssertionError("nothing was compared: the tensors are empty")
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    scale = expected.square().mean().sqrt().item()
+    error = (actual - expected).square().mean().sqrt().item()
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    kind: str = "elementwise",
+    plain: torch.Tensor | None = None,
+    name: str = "output",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fail unless `actual` is as close to the oracle as its dtype allows.
+
+    Args:
+        actual: the result under test.
+        expected: the oracle, computed in float64 from the same rounded inputs.
+        kind: row of `TOLERANCE`.
+        plain: the same computation by plain PyTorch in the dtype under test. Its error, doubled, is allowed too:
+            the rule for attention and matrix products.
+        dtype: precision that the tolerance is taken from, if it is not `actual.dtype`.
+    """
+    dtype = dtype or actual.dtype
+    eps = torch.finfo(dtype).eps
+    bound = TOLERANCE[kind][dtype] * eps
+    if plain is not None:
+        bound += 2 * rel_rms(plain, expected)
+    error = rel_rms(actual, expected)
+    if error <= bound:
+        return
+    difference = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs()
+    finite = torch.isfinite(difference)
+    worst = int(torch.where(finite, difference, torch.inf).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape))
+    raise AssertionError(
+        f"{name}: relative RMS error {error:.3e} = {error / eps:.2f} eps of {dtype}, allowed {bound / eps:.2f} eps; "
+        f"worst at {index}: {actual[index].item()} instead of {expected[index].item()}; "
+        f"{int((~torch.isfinite(actual)).sum())} of {actual.numel()} values are not finite"
+    )
+
+
+def shapes(names: str, rows: Iterable[tuple]) -> list[Any]:
+    """pytest parameters whose ids name each size: `shapes("N C", [(2, 8)])` gives the id N2-C8."""
+    import pytest
+
+    letters = names.split()
+    return [pytest.param(row, id="-".join(f"{n}{v}" for n, v in zip(letters, row, strict=True))) for row in rows]

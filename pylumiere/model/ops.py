@@ -1,0 +1,127 @@
+"""The operations a STUNet is made of, in plain PyTorch: the definition that every backend must match.
+
+Activations are `[B, T, H, W, C]` and contiguous. A spatial op sees `[B*T, H, W, C]`, a temporal op `[B, T, H*W, C]`;
+PyTorch's convolutions see permuted views with channels-last strides, so nothing is copied between layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """GroupNorm per frame: statistics over H, W and the group's channels of one frame."""
+
+    weight: Tensor    # [C]
+    bias: Tensor      # [C]
+    num_groups: int
+    eps: float
+
+
+class Shift(NamedTuple):
+    """Temporal shift: channels [0, C/div) take the next frame, [C/div, 2C/div) the previous one ("causal": the first
+    fold takes the previous frame). The ends see zeros, the other end of the clip, or the end frame again."""
+
+    div: int = 8
+    direction: str = "both"    # both | causal
+    pad: str = "zero"          # zero | circular | replicate
+
+
+def shift_frames(x: Tensor, shift: Shift) -> Tensor:
+    """Temporal shift of `[B, T, H, W, C]` (Lin et al. 2019, TSM). Unchanged for one frame."""
+    fold = x.shape[-1] // shift.div
+    if x.shape[1] == 1 or fold == 0:
+        return x
+
+    def moved(part: Tensor, step: int) -> Tensor:
+        rolled = part.roll(step, 1)
+        if shift.pad != "circular":
+            end = 0 if step == 1 else -1
+            rolled[:, end] = 0 if shift.pad == "zero" else part[:, end]
+        return rolled
+
+    if shift.direction == "causal":
+        return torch.cat([moved(x[..., :fold], 1), x[..., fold:]], -1)
+    return torch.cat([moved(x[..., :fold], -1), moved(x[..., fold:2 * fold], 1), x[..., 2 * fold:]], -1)
+
+
+def _frames(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] as an NCHW-shaped view with channels-last strides: [B*T, C, H, W]."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+class PlainOps:
+    """Eager PyTorch. Stateless; a backend is a class with the same methods."""
+
+    name = "torch"
+
+    def activate(self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
+        """silu(groupnorm(x) * (1 + scale) + shift); scale and shift are [B, 1 or T, C]."""
+        if norm is not None:
+            batch, frames, height, width, channels = x.shape
+            y = F.group_norm(_frames(x), norm.num_groups, norm.weight, norm.bias, norm.eps)
+            x = y.permute(0, 2, 3, 1).view(batch, frames, height, width, channels)
+        if scale is not None:
+            x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
+        return F.silu(x) if silu else x
+
+    def spatial_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
+                     shift: Tensor | None = None, silu: bool = False, temporal_shift: Shift | None = None, stride: int = 1,
+                     upsample: bool = False, residual: Tensor | None = None) -> Tensor:
+        """A k x k convolution within each frame, weight [O, C, k, k], zero padding k // 2.
+
+        norm, scale, shift, silu and the temporal shift come before it, nearest upsampling by 2 with `upsample`;
+        `residual` is added after it. Returns [B, T, H', W', O].
+        """
+        y = self.activate(x, norm, scale, shift, silu)
+        if temporal_shift is not None:
+            y = shift_frames(y, temporal_shift)
+        v = _frames(y)
+        if upsample:
+            v = F.interpolate(v, scale_factor=2.0, mode="nearest")
+        v = F.conv2d(v, weight, bias, stride=stride, padding=weight.shape[-1] // 2)
+        y = v.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+        return y if residual is None else y + residual
+
+    def temporal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
+                      shift: Tensor | None = None, silu: bool = False, stride: int = 1, upsample: int = 1,
+                      residual: Tensor | None = None) -> Tensor:
+        """A convolution over frames, weight [O, C, 3], zero ends, optional stride or frame duplication before it."""
+        y = self.activate(x, norm, scale, shift, silu)
+        if upsample > 1:
+            y = y.repeat_interleave(upsample, 1)
+        height, width = y.shape[2:4]
+        v = y.flatten(2, 3).permute(0, 3, 1, 2)                      # [B, C, T, S]
+        v = F.conv2d(v, weight.unsqueeze(-1), bias, stride=(stride, 1), padding=(1, 0))
+        y = v.permute(0, 2, 3, 1).unflatten(2, (height, width))
+        return y if residual is None else y + residual
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
+               shift: Tensor | None = None, silu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """A linear layer on the channels of [B, T, H, W, C], with the same prologue and epilogue."""
+        y = F.linear(self.activate(x, norm, scale, shift, silu), weight, bias)
+        return y if residual is None else y + residual
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v. q [N, Sq, C], k and v [N, Sk, C]; mask [N, Sk] is True where a key may be seen."""
+        q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        keep = None if mask is None else mask[:, None, None, :]
+        if torch.is_grad_enabled():      # the CPU's fused attention has a slow backward for small heads
+            scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            if keep is not None:
+                scores = scores.masked_fill(~keep, float("-inf"))
+            out = scores.float().softmax(-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return out.transpose(1, 2).flatten(2)
+
+    def temporal_attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Attention over frames, one sequence per pixel: packed qkv [B, T, S, 3*C] -> [B, T, S, C]."""
+        batch, frames, pixels, _ = qkv.shape
+        rows = qkv.transpose(1, 2).reshape(batch * pixels, frames, -1)
+        out = self.attention(*rows.chunk(3, -1), num_heads)
+        return out.view(batch, pixels, frames, -1).transpose(1, 2).contiguous()

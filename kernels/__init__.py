@@ -15,6 +15,7 @@ OPS = (
     "spatial_conv",
     "temporal_conv",
     "factorized_conv",
+    "norm_affine",
     "groupnorm_silu",
     "temporal_attention",
     "temporal_shift",

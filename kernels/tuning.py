@@ -7,6 +7,8 @@ commit, with device and date. Rows without a measurement say "not measured".
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
+import torch
+
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # Most shared memory that one block may use, in bytes.
@@ -35,6 +37,35 @@ class Row:
 
 # Architecture 0 is the interpreter: small tiles, so that tests reach tile borders with small tensors.
 TABLE: dict[str, dict[int, list[Row]]] = {}
+
+
+def _gemm(m: int, o: int, c: int, warps: int = 4, stages: int = 3) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_O": o, "BLOCK_C": c}, warps, stages)
+
+
+def _is_fp32(shape: dict[str, Any]) -> bool:
+    return shape["dtype"] == torch.float32
+
+
+def _is_narrow(shape: dict[str, Any]) -> bool:
+    return shape["O"] <= 64
+
+
+def _is_small(shape: dict[str, Any]) -> bool:
+    return shape["pixels"] <= 64
+
+
+_fma = [Row(_gemm(64, 64, 16, 8, 2))]
+_mma = [Row(_gemm(64, 64, 32, 8, 2), _is_fp32), Row(_gemm(64, 128, 64), _is_small), Row(_gemm(128, 64, 64), _is_narrow),
+        Row(_gemm(128, 128, 64, 8, 3))]  # fmt: skip
+_wgmma = _mma
+_conv = {0: [Row(_gemm(64, 32, 32, 1, 1))], 75: _fma, 80: _mma, 86: _mma, 89: _mma, 90: _wgmma, 100: _wgmma, 120: _mma}
+TABLE["spatial_conv"] = _conv
+TABLE["temporal_conv"] = _conv
+TABLE["channel_statistics"] = {
+    0: [Row(Config({"BLOCK_S": 16, "BLOCK_C": 16}, 1, 1))],
+    75: [Row(Config({"BLOCK_S": 128, "BLOCK_C": 64}, 4, 1))],
+}
 
 
 def choose(op: str, arch: int, **shape: Any) -> Config:

@@ -1,0 +1,219 @@
+"""GenerationRequest: what a user asks for, checked at the edge.
+
+Only what can be judged without a model is judged here; `pipeline.plan_request` checks the rest against the model
+(frames the network cannot divide, sizes it does not make) and fills in the model's defaults for fields left at None.
+
+Pixels in a request and in a result are uint8 in 0..255 or float in 0..1. The networks' range -1..1 stays inside.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pylumiere.errors import InvalidRequest
+
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_FRAMES = 1_000_000
+MAX_SIDE = 8_192
+MAX_STEPS = 1_000
+MAX_INPUT_BYTES = 2**31  # of one image, video or mask, as float32
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a generation stands; what `callback_on_step_end` receives after every denoiser call.
+
+    Stages run one after the other. In a stage that works in windows, `step` counts whole clips' worth of steps: it is
+    the number of (window, step) tasks done, divided by the number of windows, rounded down.
+    """
+
+    stage: str  # "base" or "ssr"
+    step: int  # steps done, 0..steps
+    steps: int
+    frames_final: int  # frames of the result that will not change any more
+    num_frames: int | None  # None: an input of unknown length
+    seconds_left: float | None  # of this stage; None before its first call has ended and for an unknown length
+
+
+class GenerationRequest(BaseModel):
+    """One clip to make. Frozen; a field left at None takes the model's default.
+
+    Attributes:
+        prompt: what to show; not empty.
+        negative_prompt: what guidance leads away from; the empty prompt by default.
+        num_frames, fps: length and rate of the clip. The network divides num_frames; the engine names what it allows.
+        height, width: of the result, after the super-resolution stage.
+        num_inference_steps: of the base stage. The super-resolution stage takes its own number from the model.
+        guidance_scale: 1 turns guidance off (one network call a step instead of two).
+        seed: 0 .. 2**64-1; drawn at random and reported with the result if None.
+        sampler: "ddpm", "ddim", "dpmpp_2m" or "euler" (flow models).
+        image: [H, W, 3]; the clip's first frame.
+        video: [T, H, W, 3]; conditions every frame where `mask` is 0. Without a mask it is the start that `strength`
+            adds noise to.
+        mask: [H, W] or [T, H, W]; 1 (white) where the clip is to be made, 0 where `video` (or `image`) is kept.
+        strength: with `video` and no mask, the share of the noise schedule to run, in 0..1 without 0.
+        window_frames, window_overlap: temporal windows of the super-resolution stage.
+        callback_on_step_end: called with a Progress after every denoiser call, from the thread that works. What it
+            raises ends the generation and reaches the caller.
+        output_type: "uint8" in 0..255, or "float" (float32 in 0..1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
+    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+    fps: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    height: int | None = Field(None, ge=1, le=MAX_SIDE)
+    width: int | None = Field(None, ge=1, le=MAX_SIDE)
+    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, le=2**64 - 1)
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "euler"] | None = None
+    image: Any = None
+    video: Any = None
+    mask: Any = None
+    strength: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+    window_overlap: int | None = Field(None, ge=0)
+    callback_on_step_end: Callable[[Progress], None] | None = None
+    output_type: Literal["uint8", "float"] = "uint8"
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidRequest(_one_line(error, type(self))) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> GenerationRequest:
+        try:
+            return super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            raise InvalidRequest(_one_line(error, cls)) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> GenerationRequest:
+        try:
+            return super().model_validate_json(json_data, **kwargs)
+        except ValidationError as error:
+            raise InvalidRequest(_one_line(error, cls)) from None
+
+    @field_validator("num_frames", "height", "width", "num_inference_steps", "seed", "window_frames", "window_overlap",
+                     mode="before")
+    @classmethod
+    def _integer(cls, value: Any) -> Any:
+        """Any integer type (numpy's too), and nothing that merely converts: no bool, no text, no 80.0."""
+        if value is None:
+            return None
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"should be an integer, not {type(value).__name__}")
+        return operator.index(value)
+
+    @field_validator("fps", "guidance_scale", "strength", mode="before")
+    @classmethod
+    def _real(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+            raise ValueError(f"should be a number, not {type(value).__name__}")
+        return float(value)
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("should be a text that is not empty")
+        return value
+
+    @field_validator("image")
+    @classmethod
+    def _image(cls, value: Any) -> Any:
+        return None if value is None else _pixels(value, "[H, W, 3]", 3, channels=3)
+
+    @field_validator("video")
+    @classmethod
+    def _video(cls, value: Any) -> Any:
+        return None if value is None else _pixels(value, "[T, H, W, 3]", 4, channels=3)
+
+    @field_validator("mask")
+    @classmethod
+    def _mask(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        ndim = 3 if np.ndim(value) == 3 else 2
+        return _pixels(value, "[H, W] or [T, H, W]", ndim, channels=None)
+
+    @model_validator(mode="after")
+    def _together(self) -> GenerationRequest:
+        window, overlap = self.window_frames, self.window_overlap
+        if window is not None and overlap is not None and overlap >= window:
+            raise ValueError(f"window_overlap={overlap} should be smaller than window_frames={window}")
+        if self.image is not None and self.video is not None:
+            raise ValueError("image and video are both given; give one of them")
+        if self.mask is not None and self.image is None and self.video is None:
+            raise ValueError("mask is given without a video or an image to keep")
+        if self.strength != 1.0 and self.video is None:
+            raise ValueError(f"strength={self.strength} has no meaning without a video")
+        mask_frames = len(self.mask) if self.mask is not None and self.mask.ndim == 3 else None
+        if mask_frames is not None and self.video is not None and mask_frames != len(self.video):
+            raise ValueError(f"mask has {mask_frames} frames and video has {len(self.video)}; give equal numbers")
+        given = self.video if self.video is not None else self.image
+        if self.mask is not None and self.mask.shape[-2:] != given.shape[-3:-1]:
+            raise ValueError(
+                f"mask is {self.mask.shape[-2]} x {self.mask.shape[-1]} and the frames are "
+                f"{given.shape[-3]} x {given.shape[-2]} (height x width); give equal sizes"
+            )
+        return self
+
+
+def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndarray:
+    """A read-only float32 array in 0..1, from uint8 (0..255), bool or float (0..1); numpy, torch and PIL are taken."""
+    if hasattr(value, "convert") and hasattr(value, "mode"):  # a PIL image; PIL itself is not imported here
+        value = value.convert("RGB" if channels else "L")
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        raise ValueError(f"should be an array {layout}, not {type(value).__name__}")
+    array = np.asarray(value)
+    if array.ndim != ndim or 0 in array.shape or (channels is not None and array.shape[-1] != channels):
+        raise ValueError(f"should have shape {layout}, not {list(array.shape)}")
+    if max(array.shape[-3:-1] if channels else array.shape[-2:]) > MAX_SIDE or array.size * 4 > MAX_INPUT_BYTES:
+        raise ValueError(f"shape {list(array.shape)} is too large: at most {MAX_SIDE} a side, {MAX_INPUT_BYTES} bytes")
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / np.float32(255)
+    elif array.dtype == bool or array.dtype in (np.float16, np.float32, np.float64):
+        array = array.astype(np.float32)
+        if not (array.min() >= 0 and array.max() <= 1):  # also true for NaN
+            raise ValueError(f"floats should lie in 0..1; found {array.min():g} to {array.max():g}")
+    else:
+        raise ValueError(f"dtype {array.dtype} should be uint8 (0..255) or float (0..1)")
+    array.setflags(write=False)
+    return array
+
+
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """`field=value: what is allowed`, one clause per wrong field."""
+    clauses = []
+    for item in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in item["loc"][:1])
+        text = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if item["type"] == "extra_forbidden":
+            clauses.append(f"unknown field {name!r}; allowed: {', '.join(model.model_fields)}")
+        elif item["type"] == "missing":
+            clauses.append(f"{name} is missing")
+        elif not name:
+            clauses.append(text)
+        else:
+            shown = "" if name in ("image", "video", "mask") else f"={_short(item['input'])}"
+            clauses.append(f"{name}{shown}: {text}")
+    return "; ".join(clauses)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -17,7 +17,13 @@ Bound by memory: x, the outputs of the covering windows and x0_prev are read onc
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from pylumiere.kernels import launching, tuning
+from pylumiere.kernels.cost import Cost
+from pylumiere.kernels.launching import recorded
 
 # Philox4x32: multipliers and key increments.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -75,7 +81,8 @@ def _radius(word: Tensor) -> Tensor:
     tail = tail + e * _LN2_LO
     tail = tail - z * 0.5
     log = (f + tail) + e * _LN2_HI
-    return torch.sqrt(log * -2.0)
+    # The fp32 square root of PyTorch on CPU is not correctly rounded; the one in fp64, rounded to fp32, is.
+    return torch.sqrt((log * -2.0).double()).to(torch.float32)
 
 
 def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,3 +181,239 @@ def reference(
         noise = noise_of_keys(key[noisy], x.shape[1]).to(dtype)
         new[noisy] = new[noisy] + n[noisy] * noise
     return new, x0
+
+
+# ---- kernel --------------------------------------------------------------------------------------------------------
+
+_LOG_POLY, _SIN_POLY, _COS_POLY = tl.constexpr(_LOG), tl.constexpr(_SIN), tl.constexpr(_COS)
+_LOG2_HI, _LOG2_LO = tl.constexpr(_LN2_HI), tl.constexpr(_LN2_LO)
+_M0, _M1, _W0, _W1 = (tl.constexpr(word) for word in (_PHILOX_M0, _PHILOX_M1, _PHILOX_W0, _PHILOX_W1))
+
+
+@triton.jit
+def _philox4x32(c0, c1, c2, c3, k0, k1):
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, tl.full(c0.shape, _M0, tl.uint32)), c0 * tl.full(c0.shape, _M0, tl.uint32)
+        high1, low1 = tl.umulhi(c2, tl.full(c2.shape, _M1, tl.uint32)), c2 * tl.full(c2.shape, _M1, tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = tl.add(k0, _W0, sanitize_overflow=False), tl.add(k1, _W1, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _radius_of(word):
+    u = ((word >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    e = exponent.to(tl.float32)
+    poly = f * _LOG_POLY[7] + _LOG_POLY[6]
+    for power in tl.static_range(6):
+        poly = poly * f + _LOG_POLY[5 - power]
+    z = f * f
+    tail = (poly * f) * z
+    tail = tail + e * _LOG2_LO
+    tail = tail - z * 0.5
+    log = (f + tail) + e * _LOG2_HI
+    return tl.sqrt_rn(log * -2.0)
+
+
+@triton.jit
+def _cos_sin_of(word):
+    k = (word >> 8).to(tl.int32)
+    quarter = (k + (1 << 21)) >> 22
+    x = (k - (quarter << 22)).to(tl.float32) * 5.9604644775390625e-08
+    z = x * x
+    sin = ((z * _SIN_POLY[3] + _SIN_POLY[2]) * z + _SIN_POLY[1]) * z + _SIN_POLY[0]
+    sin = sin * x
+    cos = ((z * _COS_POLY[3] + _COS_POLY[2]) * z + _COS_POLY[1]) * z + _COS_POLY[0]
+    cos = cos * z + 1.0
+    odd = (quarter & 1) != 0
+    first, second = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    # A product with -1 also negates a zero, which 0 - x does not.
+    return first * tl.where(((quarter + 1) & 2) != 0, -1.0, 1.0), second * tl.where((quarter & 2) != 0, -1.0, 1.0)
+
+
+@triton.jit
+def _noise_tile(key_ptr, counter):
+    """Normals of the positions 4 * counter[0] ... 4 * counter[-1] + 3, in order."""
+    seed, stage, step, frame = tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2), tl.load(key_ptr + 3)
+    zero = counter.to(tl.uint32) * 0
+    w0, w1, w2, w3 = _philox4x32(
+        counter.to(tl.uint32), zero + frame.to(tl.uint32), zero + (step + 1).to(tl.uint32), zero + stage.to(tl.uint32),
+        zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32),
+    )  # fmt: skip
+    radius0, radius1 = _radius_of(w0), _radius_of(w2)
+    cos0, sin0 = _cos_sin_of(w1)
+    cos1, sin1 = _cos_sin_of(w3)
+    even = tl.interleave(radius0 * cos0, radius1 * cos1)
+    odd = tl.interleave(radius0 * sin0, radius1 * sin1)
+    return tl.interleave(even, odd)  # [4 * len(counter)]
+
+
+@triton.jit
+def _denoise_step_kernel(
+    x_ptr, prev_ptr, out_ptr, rows_ptr, weights_ptr, coef_ptr, key_ptr, new_ptr, x0_ptr,
+    P, stride_g,
+    G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(P, BLOCK)
+    pid = tl.program_id(0)
+    frame, tile = (pid // tiles).to(tl.int64), pid % tiles
+    offs = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < P
+    coef_ptr += frame * 10
+    u, v, p, q, r, n = (
+        tl.load(coef_ptr), tl.load(coef_ptr + 1), tl.load(coef_ptr + 2),
+        tl.load(coef_ptr + 3), tl.load(coef_ptr + 4), tl.load(coef_ptr + 5),
+    )  # fmt: skip
+    guidance, gain, clip, scale = (
+        tl.load(coef_ptr + 6), tl.load(coef_ptr + 7), tl.load(coef_ptr + 8), tl.load(coef_ptr + 9),
+    )  # fmt: skip
+    x = tl.load(x_ptr + frame * P + offs, mask=mask, other=0.0)
+    avg = tl.zeros([BLOCK], tl.float32) * -1.0  # -0: neutral in a sum, sign of zero included
+    for k in tl.static_range(K):
+        row = tl.load(rows_ptr + frame * K + k)
+        weight = tl.load(weights_ptr + frame * K + k)
+        covered = offs < tl.where(row >= 0, P, 0)
+        base = out_ptr + row.to(tl.int64) * P + offs
+        o = tl.load(base, mask=covered, other=0.0).to(tl.float32)
+        if G == 2:
+            uncond = tl.load(base + stride_g, mask=covered, other=0.0).to(tl.float32)
+            o = uncond + guidance * (o - uncond)
+        avg = tl.where(row >= 0, avg + weight * o, avg)
+    avg = avg * gain
+    x0 = u * x + v * avg
+    low = clip * -1.0
+    x0 = tl.where(x0 < low, low, x0)
+    x0 = tl.where(x0 > clip, clip, x0) * scale
+    new = p * x + q * x0
+    if prev_ptr is not None:
+        if r != 0:
+            new = new + r * tl.load(prev_ptr + frame * P + offs, mask=mask, other=0.0)
+    if n != 0:
+        counter = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        new = new + n * _noise_tile(key_ptr + frame * 5, counter)
+    tl.store(new_ptr + frame * P + offs, new, mask=mask)
+    tl.store(x0_ptr + frame * P + offs, x0, mask=mask)
+
+
+# ---- launch --------------------------------------------------------------------------------------------------------
+
+
+@recorded("denoise_step", reference)
+def launch(
+    x: Tensor, x0_prev: Tensor | None, out: Tensor, rows: Tensor, weights: Tensor, coef: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    F, P = x.shape
+    new, x0 = (torch.empty(F, P, dtype=torch.float32, device=x.device) for _ in range(2))
+    config = tuning.choose("denoise_step", launching.arch_of(x), P=P, dtype=out.dtype)
+    launching.launch(
+        _denoise_step_kernel,
+        (F * triton.cdiv(P, config.constants["BLOCK"]),),
+        dict(
+            x_ptr=x, prev_ptr=x0_prev, out_ptr=out, rows_ptr=rows, weights_ptr=weights, coef_ptr=coef, key_ptr=key,
+            new_ptr=new, x0_ptr=x0, P=P, stride_g=out.stride(0),
+        ),
+        dict(G=out.shape[0], K=rows.shape[1], **config.constants),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        fp_fusion=False,
+    )  # fmt: skip
+    return new, x0
+
+
+# ---- op ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pylumiere::denoise_step", mutates_args=())
+def denoise_step(
+    x: Tensor, x0_prev: Tensor | None, out: Tensor, rows: Tensor, weights: Tensor, coef: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One sampler step for F frames, which may belong to different requests and stand at different steps.
+
+    Args:
+        x: [F, P] float32, the states; P = H*W*C.
+        x0_prev: [F, P] float32, x0 of the step before, or None. Not read in frames with r = 0.
+        out: [G, R, P] float32, float16 or bfloat16, the network's outputs, one row per frame of a window. G = 2: with
+            the prompt, then without.
+        rows: [F, K] int32, rows of `out` that show the frame, in ascending order of the windows; -1 for none.
+        weights: [F, K] float32, weight of each row.
+        coef: [F, 10] float32: u, v, p, q, r, n, guidance, gain, clip, scale; clip = inf switches clipping off.
+        key: [F, 5] int64: seed (as two's complement), stage, step, frame, unused. Read in frames with n != 0.
+
+    Returns:
+        The next state and x0 (clipped and scaled), both [F, P] float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a tensor that is not contiguous.
+    """
+    _check(x, x0_prev, out, rows, weights, coef, key)
+    return (launch if x.is_cuda else reference)(x, x0_prev, out, rows, weights, coef, key)
+
+
+@denoise_step.register_fake
+def _(x, x0_prev, out, rows, weights, coef, key):
+    _check(x, x0_prev, out, rows, weights, coef, key)
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _check(x, x0_prev, out, rows, weights, coef, key) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"denoise_step: x has shape {tuple(x.shape)}, expected [F, P]")
+    if out.dim() != 3 or out.shape[0] not in (1, 2) or out.shape[2] != x.shape[1]:
+        raise ValueError(f"denoise_step: out has shape {tuple(out.shape)}, expected [1 or 2, R, {x.shape[1]}]")
+    if rows.dim() != 2 or rows.shape[0] != x.shape[0] or rows.shape[1] < 1:
+        raise ValueError(f"denoise_step: rows has shape {tuple(rows.shape)}, expected [{x.shape[0]}, K]")
+    wanted = {
+        "x": (x, x.shape, (torch.float32,)),
+        "x0_prev": (x0_prev, x.shape, (torch.float32,)),
+        "out": (out, out.shape, (torch.float32, torch.float16, torch.bfloat16)),
+        "rows": (rows, rows.shape, (torch.int32,)),
+        "weights": (weights, rows.shape, (torch.float32,)),
+        "coef": (coef, (x.shape[0], len(COEF)), (torch.float32,)),
+        "key": (key, (x.shape[0], len(KEY)), (torch.int64,)),
+    }
+    for name, (value, shape, dtypes) in wanted.items():
+        if value is None:
+            continue
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"denoise_step: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        if value.dtype not in dtypes:
+            raise ValueError(f"denoise_step: {name} has dtype {value.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if value.device != x.device:
+            raise ValueError(f"denoise_step: {name} is on {value.device}, x on {x.device}")
+        if not value.is_contiguous():
+            raise ValueError(f"denoise_step: {name} has stride {tuple(value.stride())}; it must be contiguous")
+
+
+def cost(
+    x: Tensor, x0_prev: Tensor | None, out: Tensor, rows: Tensor, weights: Tensor, coef: Tensor, key: Tensor
+) -> Cost:
+    """As if every row of `out` covers one frame once; the integer work of the noise is not counted."""
+    states = 3 if x0_prev is None else 4
+    return Cost(
+        flops=x.numel() * 8 + out.numel() * 4,
+        bytes=states * x.numel() * 4 + out.numel() * out.element_size(),
+    )
+
+
+def aot_cases(dtype: torch.dtype) -> list:
+    """With and without guidance, one window or two a frame, first-order and multistep."""
+
+    def case(G: int, K: int, multistep: bool):
+        F, P = 80, 128 * 128 * 3
+        x = torch.empty(F, P, device="meta")
+        rows = torch.empty(F, K, dtype=torch.int32, device="meta")
+        return lambda: launch(
+            x, torch.empty_like(x) if multistep else None, torch.empty(G, F, P, dtype=dtype, device="meta"), rows,
+            torch.empty(F, K, device="meta"), torch.empty(F, 10, device="meta"),
+            torch.empty(F, 5, dtype=torch.int64, device="meta"),
+        )  # fmt: skip
+
+    return [
+        (f"G{G}-K{K}-{'multistep' if multistep else 'single'}", case(G, K, multistep))
+        for G in (1, 2)
+        for K in (1, 2)
+        for multistep in (False, True)
+    ]

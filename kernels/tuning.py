@@ -68,6 +68,37 @@ TABLE["channel_statistics"] = {
 }
 
 
+def _fused(pixels: int, channels: int, frames: int, warps: int, stages: int = 2) -> Config:
+    return Config({"BLOCK_P": pixels, "BLOCK_C": channels, "FRAMES": frames}, warps, stages)
+
+
+def _up_to(channels: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda shape: max(shape["mid"], shape["out"]) <= channels
+
+
+# Beyond 64 channels the accumulators spill on mma chips.
+_fused_narrow = Row(_fused(64, 32, 16, 8), _up_to(64))
+_fused_wide = Row(_fused(64, 16, 16, 8), _up_to(128))
+TABLE["factorized_conv"] = {
+    0: [Row(_fused(64, 32, 4, 1), _up_to(128))], 80: [_fused_narrow], 90: [_fused_narrow, _fused_wide],
+    100: [_fused_narrow, _fused_wide], 120: [_fused_narrow],
+}  # fmt: skip
+
+# Datasheet rates of the usual chip of each architecture: dense 16-bit matrix FLOP/s with fp32 sums, and bytes/s.
+RATES = {
+    75: (65e12, 0.32e12), 80: (312e12, 2.0e12), 86: (125e12, 0.6e12), 89: (362e12, 0.86e12), 90: (989e12, 3.35e12),
+    100: (2250e12, 8.0e12), 120: (209e12, 1.79e12),
+}  # fmt: skip
+
+
+def has_row(op: str, arch: int, **shape: Any) -> bool:
+    try:
+        choose(op, arch, **shape)
+    except ValueError:
+        return False
+    return True
+
+
 def choose(op: str, arch: int, **shape: Any) -> Config:
     """The configuration of `op` for these sizes on compute capability `arch` (0 for the interpreter).
 
@@ -84,3 +115,21 @@ def choose(op: str, arch: int, **shape: Any) -> Config:
         if row.when(shape):
             return row.config
     raise ValueError(f"{op} has no configuration for {shape} on compute capability {arch}")
+
+
+# ---- memory-bound operators and attention over frames ----------------------------------------------------------------
+
+TABLE["denoise_step"] = {
+    0: [Row(Config({"BLOCK": 64}, 1, 1))],
+    75: [Row(Config({"BLOCK": 1024}, 4, 1))],
+}
+TABLE["temporal_shift"] = {
+    0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))],
+    75: [Row(Config({"BLOCK_S": 32, "BLOCK_C": 128}, 4, 1), lambda shape: shape["C"] > 64),
+         Row(Config({"BLOCK_S": 64, "BLOCK_C": 64}, 4, 1))],
+}  # fmt: skip
+TABLE["groupnorm_silu"] = {
+    0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))],
+    75: [Row(Config({"BLOCK_S": 32, "BLOCK_C": 128}, 4, 1), lambda shape: shape["C"] > 64),
+         Row(Config({"BLOCK_S": 64, "BLOCK_C": 64}, 4, 1))],
+}  # fmt: skip

@@ -39,7 +39,7 @@ _INSTRUCTIONS = (
 
 
 def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict[str, launching.Launch]:
-    """Distinct launches of the operators' own cases: name of the first case that makes it -> launch."""
+    """Distinct launches of the operators' own cases: kernel and first case that makes it -> launch."""
     found: dict[str, tuple[str, launching.Launch]] = {}
     for op in ops:
         module = importlib.import_module(f"pylumiere.kernels.{op}")
@@ -47,7 +47,7 @@ def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict
             with launching.record(arch) as recording:
                 run()
             for launch in recording.launches:
-                found.setdefault(launch.key(), (f"{op}: {name}", launch))
+                found.setdefault(launch.key(), (f"{launch.kernel.rpartition(':')[2]}: {name}", launch))
     return dict(found.values())
 
 

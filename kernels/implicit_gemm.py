@@ -22,6 +22,59 @@ ENDS = ("zero", "circular", "replicate")
 
 
 @triton.jit
+def gather_pixels(
+    x_batch, mul_ptr, add_ptr, T, H, W, C, b, t_out, h_out, w_out, mask_m, tap, offs_c,
+    stride_t, stride_h, stride_w, fold_next, fold_prev,
+    KT: tl.constexpr, KS: tl.constexpr, STRIDE_T: tl.constexpr, STRIDE_S: tl.constexpr,
+    UP_T: tl.constexpr, UP_S: tl.constexpr,
+    SILU: tl.constexpr, SHIFT: tl.constexpr, ENDS: tl.constexpr, FOLD_ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The activated inputs [BLOCK_M, BLOCK_C] of one tap for pixels (h_out, w_out) of frame t_out, channels offs_c."""
+    # Position on the upsampled grid, tested before the division: in C, -1 // 2 is 0.
+    t_up = t_out * STRIDE_T + tap // (KS * KS) - KT // 2
+    h_up = h_out * STRIDE_S + (tap // KS) % KS - KS // 2
+    w_up = w_out * STRIDE_S + tap % KS - KS // 2
+    mask_x = mask_m & (h_up >= 0) & (h_up < H * UP_S) & (w_up >= 0) & (w_up < W * UP_S)
+    is_inside = ((t_up >= 0) & (t_up < T * UP_T)).to(tl.int32)
+    mask_c = offs_c < C * is_inside
+    h = h_up // UP_S
+    w = w_up // UP_S
+    t = t_up // UP_T
+
+    frame = t
+    channel_offset = offs_c
+    if SHIFT:  # the frame depends on the channel
+        delta = tl.where(offs_c < fold_next, 1, tl.where(offs_c < fold_next + fold_prev, -1, 0))
+        if FOLD_ALIGN > 1:
+            delta = tl.max_constancy(delta, [FOLD_ALIGN])  # keeps the loads vectorised
+        frame = t + delta
+        if ENDS == 1:
+            frame = (frame + T) % T
+        elif ENDS == 2:
+            frame = tl.minimum(tl.maximum(frame, 0), T - 1)
+        mask_c = mask_c & (frame >= 0) & (frame < T)
+        offs_frame = (frame - t).to(tl.int64) if WIDE else frame - t
+        channel_offset = offs_c + offs_frame * stride_t
+
+    pixel_offset = (h.to(tl.int64) if WIDE else h) * stride_h + w * stride_w
+    mask = mask_x[:, None] & mask_c[None, :]
+    x_tile = x_batch + t.to(tl.int64) * stride_t
+    x = tl.load(x_tile + pixel_offset[:, None] + channel_offset[None, :], mask=mask, other=0.0)  # [M, C]
+    if mul_ptr is not None:
+        affine_offset = (b * T + frame) * C + offs_c
+        mul = tl.load(mul_ptr + affine_offset, mask=mask_c, other=0.0)
+        add = tl.load(add_ptr + affine_offset, mask=mask_c, other=0.0)
+        value = x.to(tl.float32) * mul[None, :] + add[None, :]
+        if SILU:
+            value = value * tl.sigmoid(value)
+        x = tl.where(mask, value, 0.0).to(x.dtype)  # padding is zero after the prologue
+    elif SILU:
+        value = x.to(tl.float32)
+        x = (value * tl.sigmoid(value)).to(x.dtype)
+    return x
+
+
+@triton.jit
 def implicit_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, mul_ptr, add_ptr, residual_ptr, y_ptr, partial_ptr,
     T, H, W, C, T_out, H_out, W_out, O,
@@ -56,50 +109,11 @@ def implicit_gemm_kernel(
     for i in range(0, tl.cdiv(C, BLOCK_C) * TAPS):
         tap = i % TAPS
         offs_c = (i // TAPS) * BLOCK_C + tl.arange(0, BLOCK_C)
-
-        # Position on the upsampled grid, tested before the division: in C, -1 // 2 is 0.
-        t_up = t_out * STRIDE_T + tap // (KS * KS) - KT // 2
-        h_up = h_out * STRIDE_S + (tap // KS) % KS - KS // 2
-        w_up = w_out * STRIDE_S + tap % KS - KS // 2
-        mask_x = mask_m & (h_up >= 0) & (h_up < H * UP_S) & (w_up >= 0) & (w_up < W * UP_S)
-        is_inside = ((t_up >= 0) & (t_up < T * UP_T)).to(tl.int32)
-        mask_c = offs_c < C * is_inside
-        h = h_up // UP_S
-        w = w_up // UP_S
-        t = t_up // UP_T
-
-        if SHIFT:  # the frame depends on the channel
-            delta = tl.where(offs_c < fold_next, 1, tl.where(offs_c < fold_next + fold_prev, -1, 0))
-            if FOLD_ALIGN > 1:
-                delta = tl.max_constancy(delta, [FOLD_ALIGN])  # keeps the loads vectorised
-            frame = t + delta
-            if ENDS == 1:
-                frame = (frame + T) % T
-            elif ENDS == 2:
-                frame = tl.minimum(tl.maximum(frame, 0), T - 1)
-            mask_c = mask_c & (frame >= 0) & (frame < T)
-            offs_frame = (frame - t).to(tl.int64) if WIDE else frame - t
-            channel_offset = offs_c + offs_frame * stride_t
-            affine_offset = (b * T + frame) * C + offs_c
-        else:
-            channel_offset = offs_c
-            affine_offset = (b * T + t) * C + offs_c
-
-        pixel_offset = (h.to(tl.int64) if WIDE else h) * stride_h + w * stride_w
-        mask = mask_x[:, None] & mask_c[None, :]
-        x_tile = x_batch + t.to(tl.int64) * stride_t
-        x = tl.load(x_tile + pixel_offset[:, None] + channel_offset[None, :], mask=mask, other=0.0)  # [M, C]
-        if mul_ptr is not None:
-            mul = tl.load(mul_ptr + affine_offset, mask=mask_c, other=0.0)
-            add = tl.load(add_ptr + affine_offset, mask=mask_c, other=0.0)
-            value = x.to(tl.float32) * mul[None, :] + add[None, :]
-            if SILU:
-                value = value * tl.sigmoid(value)
-            x = tl.where(mask, value, 0.0).to(x_ptr.dtype.element_ty)  # padding is zero after the prologue
-        elif SILU:
-            value = x.to(tl.float32)
-            x = (value * tl.sigmoid(value)).to(x_ptr.dtype.element_ty)
-
+        x = gather_pixels(
+            x_batch, mul_ptr, add_ptr, T, H, W, C, b, t_out, h_out, w_out, mask_m, tap, offs_c,
+            stride_t, stride_h, stride_w, fold_next, fold_prev,
+            KT, KS, STRIDE_T, STRIDE_S, UP_T, UP_S, SILU, SHIFT, ENDS, FOLD_ALIGN, WIDE,
+        )  # fmt: skip
         weight_offset = offs_o[None, :] * (TAPS * C) + tap * C + offs_c[:, None]
         mask_w = (offs_c < C)[:, None] & mask_o[None, :]
         weight = tl.load(weight_ptr + weight_offset, mask=mask_w, other=0.0)  # [C, O]

@@ -13,9 +13,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #     in 16 bits; fp32 transcendental functions cost about 1 eps.
 # "matmul": sums over K products in fp32; the error grows like sqrt(K), in practice below 4 eps for K up to 3,000 in
 #     fp32. In 16 bits the products are exact and the store rounds, but a prologue rounds its activation once more.
+#     bf16 has twice the bound because Triton's interpreter truncates to bf16 where the GPU rounds to nearest.
 TOLERANCE = {
-    "elementwise": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 0.5},
-    "matmul": {torch.float64: 8.0, torch.float32: 6.0, torch.float16: 0.6, torch.bfloat16: 0.6},
+    "elementwise": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 0.6},
+    "matmul": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 1.0},
 }
 
 

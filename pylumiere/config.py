@@ -258,11 +258,11 @@ def stage_preset(name: str) -> StageConfig:
     ssr = dict(in_channels=6, noise_level=True, frame_embedding=False, skip_input=3, num_frames=8)
     presets = {
         "demo-base": lambda: StageConfig(
-            STUNetConfig(_levels((64, 128, 256), 1, attention_depth=2), patch_size=2, num_groups=16, head_dim=32, height=32, width=32),
+            STUNetConfig(_levels((64, 128, 192), 1, attention_depth=2), patch_size=2, num_groups=4, head_dim=32, height=32, width=32),
             ScheduleConfig("cosine", "sample", -3.0), SamplerConfig("dpmpp_2m", 30, 2.0)),
         "demo-ssr": lambda: StageConfig(
             STUNetConfig(_levels((64, 96, 160), 1, factors=[1, 1, 1], attention_depth=1, attention_levels=(), spatial=False, text=False),
-                         patch_size=4, num_groups=16, head_dim=32, text_dim=0, height=128, width=128, **ssr),
+                         patch_size=4, num_groups=4, head_dim=32, text_dim=0, height=128, width=128, **ssr),
             ScheduleConfig("cosine", "sample", 0.0), SamplerConfig("dpmpp_2m", 8, 1.0)),
         "stunet-b": lambda: StageConfig(STUNetConfig(_levels((128, 256, 512, 512), 2), text_dim=768), cosine, guided),
         "ssr-b": lambda: StageConfig(

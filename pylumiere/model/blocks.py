@@ -146,7 +146,7 @@ class ConvolutionInflationBlock(nn.Module):
 
     def __init__(self, channels: int, emb_dim: int, num_groups: int):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (GroupNorm(channels, num_groups) for _ in range(3))
+        self.norm1, self.norm2 = GroupNorm(channels, num_groups), GroupNorm(channels, num_groups)
         self.spatial, self.temporal = Conv2d(channels, channels, 3), TemporalConv(channels, channels)
         self.modulation = _zero_linear(emb_dim, 2 * channels)
         self.proj = _zero_linear(channels, channels)
@@ -155,7 +155,7 @@ class ConvolutionInflationBlock(nn.Module):
         scale, shift = self.modulation(ctx.emb).chunk(2, -1)
         h = ctx.ops.spatial_conv(x, self.spatial.weight, self.spatial.bias, norm=self.norm1.spec, silu=True)
         h = ctx.ops.temporal_conv(h, self.temporal.weight, self.temporal.bias, norm=self.norm2.spec, scale=scale, shift=shift, silu=True)
-        return ctx.ops.linear(h, self.proj.weight, self.proj.bias, norm=self.norm3.spec, silu=True, residual=x)
+        return ctx.ops.linear(h, self.proj.weight, self.proj.bias, residual=x)
 
 
 class AttentionInflationBlock(nn.Module):

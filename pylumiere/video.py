@@ -1,0 +1,704 @@
+"""Frames to mp4, webm, gif and PNG folders and back, by PyAV.
+
+Frames are uint8 [T, H, W, 3], RGB. Three rules hold for every format:
+
+* the same frames give the same bytes: one encoder thread, no creation time, no library versions in the container;
+* an output appears under its name when it is whole, never before: it is written aside and renamed;
+* a hostile or damaged input costs no more than the limits in `Limits`: sizes are checked before frames are decoded,
+  and only containers from `READABLE` are parsed, so that a play list cannot name other files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pylumiere.errors import VideoError
+
+FORMATS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
+PIPE = "-"
+# Names of FFmpeg's demuxers. Play lists (hls, concat, image2, ...) are missing on purpose.
+READABLE = (
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "mpegts", "apng", "png_pipe", "jpeg_pipe", "webp_pipe",
+    "bmp_pipe", "h264", "ivf", "ogg", "yuv4mpegpipe",
+)  # fmt: skip
+_FRAME_NAME = re.compile(r"frame_\d{6}\.png")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reader accepts."""
+
+    max_pixels: int = 8192 * 8192  # of one frame
+    max_frames: int = 1_000_000
+    max_bytes: int = 2**31  # of all frames together, where they are read at once
+
+
+@dataclass(frozen=True)
+class Video:
+    """A clip in memory.
+
+    Attributes:
+        frames: [T, H, W, 3], uint8 in 0..255 or float32 in 0..1.
+        fps: frames a second.
+        metadata: what made it (prompt, seed, ...); values that JSON takes. Not written into the file.
+    """
+
+    frames: np.ndarray
+    fps: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _as_uint8(self.frames[:1])
+        if not 0 < self.fps <= 1000:
+            raise VideoError(f"fps={self.fps} is not in 0..1000")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes .mp4 (H.264), .webm (VP9), .gif, a folder of PNG (a path without an ending), or "-" (mp4 to stdout).
+
+        Raises:
+            VideoError: an unknown ending, or a path that cannot be written. Nothing is left behind.
+        """
+        with VideoWriter(path, self.fps) as writer:
+            writer.write(self.frames)
+
+    def sheet(self, path: str | os.PathLike, *, every: int = 8, columns: int = 5, caption: str | None = None) -> None:
+        """Writes a contact sheet: every n-th frame with its number, and a caption (the prompt if None), as one PNG."""
+        caption = str(self.metadata.get("prompt", "")) if caption is None else caption
+        write_sheet(path, self.frames[::every], range(0, len(self.frames), every), columns=columns, caption=caption)
+
+
+def output_format(path: str | os.PathLike) -> str:
+    """Which of mp4, webm, gif and png (a folder) a path asks for; checks that it can be written, before any work.
+
+    Raises:
+        VideoError: an unknown ending, a folder that does not exist or is not writable, a name that is taken by
+            something that a clip does not replace.
+    """
+    if str(path) == PIPE:
+        return "mp4"
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix and suffix not in FORMATS:
+        allowed = ", ".join(FORMATS)
+        raise VideoError(f"output {str(path)!r}: {suffix} is not one of {allowed}, or no ending for a PNG folder")
+    _check_folder(path)
+    if suffix:
+        if path.is_dir():
+            raise VideoError(f"output {str(path)!r} is a folder")
+        return FORMATS[suffix]
+    if not path.name or path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise VideoError(f"output {str(path)!r} is no folder of frames; give a name in .mp4, .webm, .gif or a folder")
+    if path.is_dir() and (other := next((name for name in os.listdir(path) if not _FRAME_NAME.fullmatch(name)), None)):
+        raise VideoError(f"output folder {str(path)!r} holds {other!r}; give an empty folder or a folder of frames")
+    return "png"
+
+
+def check_sheet_path(path: str | os.PathLike) -> None:
+    """Raises VideoError unless a contact sheet can be written there."""
+    if Path(path).suffix.lower() != ".png":
+        raise VideoError(f"contact sheet {str(path)!r} must end in .png")
+    _check_folder(Path(path))
+    if Path(path).is_dir():
+        raise VideoError(f"contact sheet {str(path)!r} is a folder")
+
+
+def _check_folder(path: Path) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise VideoError(f"output {str(path)!r}: folder {str(folder)!r} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VideoError(f"output {str(path)!r}: folder {str(folder)!r} is not writable")
+
+
+class VideoWriter:
+    """Writes frames as they come. A context manager: leaving it by an error removes what was written.
+
+    Args:
+        path: as in `Video.save`.
+        fps: frames a second.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float):
+        if not 0 < fps <= 1000:
+            raise VideoError(f"fps={fps} is not in 0..1000")
+        self.path = str(path)
+        self.num_frames = 0
+        self._format = output_format(path)
+        self._size: tuple[int, int] | None = None
+        self._rate = Fraction(fps).limit_denominator(1001)
+        encoders = {"png": _PngFolder, "gif": _Gif, "mp4": _Mp4, "webm": _Webm}
+        self._sink: _PngFolder | _Container | None = encoders[self._format](self.path, self._rate)
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends [n, H, W, 3] or one frame [H, W, 3], uint8 or float in 0..1.
+
+        Raises:
+            VideoError: another size than before, a size the format does not take, or an output that fails.
+        """
+        if self._sink is None:
+            raise VideoError(f"output {self.path!r} is closed")
+        frames = _as_uint8(frames if np.ndim(frames) == 4 else np.asarray(frames)[None])
+        size = frames.shape[1:3]
+        if self._size is None:
+            if self._format == "mp4" and (size[0] % 2 or size[1] % 2):
+                raise VideoError(f"mp4 takes even sizes, not {size[1]} x {size[0]}; write webm, gif or a PNG folder")
+            self._size = size
+        if size != self._size:
+            height, width = self._size
+            raise VideoError(f"frame size {size[1]} x {size[0]} differs from the first, {width} x {height}")
+        with _as_video_error(self.path):
+            for frame in frames:
+                self._sink.write(np.ascontiguousarray(frame))
+                self.num_frames += 1
+
+    def close(self) -> None:
+        """Finishes the output and gives it its name."""
+        if self._sink is None:
+            return
+        if self.num_frames == 0:
+            self.abort()
+            raise VideoError(f"output {self.path!r}: no frames were written")
+        sink, self._sink = self._sink, None
+        with _as_video_error(self.path):
+            sink.finish()
+
+    def abort(self) -> None:
+        """Drops what was written."""
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.drop()
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            try:
+                self.close()
+            except BaseException:
+                self.abort()
+                raise
+        else:
+            self.abort()
+
+
+class BackgroundWriter:
+    """A VideoWriter on its own thread, so that encoding runs beside the network.
+
+    `write` blocks while `queue_bytes` are waiting, and raises what the encoder raised. Leaving it by an error drops
+    the output without waiting for the queue.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float, *, queue_bytes: int = 64 * 2**20):
+        self._writer = VideoWriter(path, fps)
+        self._queue_bytes = queue_bytes
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._is_dropped = False
+        self._thread = threading.Thread(target=self._run, name="pylumiere-encoder", daemon=True)
+        self._thread.start()
+
+    def write(self, frames: np.ndarray) -> None:
+        frames = np.array(frames)  # the caller may reuse its buffer
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._has_room(frames.nbytes))
+            self._raise()
+            self._waiting += frames.nbytes
+        self._chunks.put(frames)
+
+    def close(self) -> None:
+        """Waits for the encoder, finishes the output and gives it its name."""
+        self._stop()
+        self._raise()
+        self._writer.close()
+
+    def abort(self) -> None:
+        self._is_dropped = True
+        self._stop()
+        self._writer.abort()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return self._waiting == 0 or self._waiting + num_bytes <= self._queue_bytes
+
+    def _stop(self) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (frames := self._chunks.get()) is not None:
+            try:
+                if not self._is_dropped and self._error is None:
+                    self._writer.write(frames)
+            except BaseException as error:
+                self._error = error
+            with self._changed:
+                self._waiting -= frames.nbytes
+                self._changed.notify_all()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            try:
+                self.close()
+            except BaseException:
+                self._writer.abort()
+                raise
+        else:
+            self.abort()
+
+
+class _PngFolder:
+    """frame_000000.png, frame_000001.png, ... in a folder that is made aside and renamed."""
+
+    def __init__(self, path: str, rate: Fraction):
+        self._path = Path(path)
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent))
+        self._index = 0
+
+    def write(self, frame: np.ndarray) -> None:
+        (self._folder / f"frame_{self._index:06d}.png").write_bytes(encode_png(frame))
+        self._index += 1
+
+    def finish(self) -> None:
+        os.chmod(self._folder, 0o755)
+        if self._path.is_dir():  # frames of an earlier clip; output_format has looked
+            output_format(self._path)
+            old = tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent)
+            os.replace(self._path, old)
+            os.replace(self._folder, self._path)
+            shutil.rmtree(old)
+        else:
+            os.replace(self._folder, self._path)
+
+    def drop(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Container:
+    """An FFmpeg container in a temporary file beside the output, or on standard output."""
+
+    format: str
+    codec: str
+    pixel_format: str
+    codec_options: dict[str, str] = {}
+    container_options: dict[str, str] = {}
+    pipe_options: dict[str, str] = {}
+
+    def __init__(self, path: str, rate: Fraction):
+        av = _import_av()
+        self._path, self._rate = path, rate
+        self._temporary: str | None = None
+        options = {"fflags": "+bitexact", **(self.pipe_options if path == PIPE else self.container_options)}
+        if self.codec not in av.codecs_available:
+            raise VideoError(f"output {path!r}: this build of PyAV has no encoder {self.codec}")
+        if path == PIPE:
+            self._container = av.open(_Pipe(sys.stdout.buffer), "w", format=self.format, options=options)
+        else:
+            handle, self._temporary = tempfile.mkstemp(prefix=f".{Path(path).name}.", dir=Path(path).parent)
+            os.close(handle)
+            self._container = av.open(self._temporary, "w", format=self.format, options=options)
+        self._stream = None
+
+    def write(self, frame: np.ndarray) -> None:
+        if self._stream is None:
+            self._stream = self._open_stream(frame.shape[1], frame.shape[0])
+            self._index = 0
+        picture = self._picture(frame)
+        picture.pts = self._index
+        picture.time_base = 1 / self._rate
+        self._index += 1
+        self._encode(picture)
+
+    def finish(self) -> None:
+        self._encode(None)
+        self._container.close()
+        if self._temporary is not None:
+            os.chmod(self._temporary, 0o666 & ~_umask())
+            os.replace(self._temporary, self._path)
+            self._temporary = None
+
+    def drop(self) -> None:
+        with contextlib.suppress(Exception):  # the container may be what failed
+            self._container.close()
+        if self._temporary is not None:
+            os.unlink(self._temporary)
+            self._temporary = None
+
+    def _open_stream(self, width: int, height: int):
+        from av.codec.context import Flags
+
+        stream = self._container.add_stream(self.codec, rate=self._rate, options=dict(self.codec_options))
+        context = stream.codec_context
+        context.width, context.height = width, height
+        context.pix_fmt = self.pixel_format
+        context.time_base = 1 / self._rate
+        context.thread_count = 1
+        context.flags |= Flags.bitexact
+        return stream
+
+    def _picture(self, frame: np.ndarray):
+        av = _import_av()
+        return av.VideoFrame.from_ndarray(frame, format="rgb24")
+
+    def _encode(self, picture) -> None:
+        for packet in self._stream.encode(picture):
+            self._container.mux(packet)
+
+
+class _Yuv(_Container):
+    """4:2:0 in BT.709, limited range, and said so in the stream."""
+
+    pixel_format = "yuv420p"
+
+    def _open_stream(self, width: int, height: int):
+        stream = super()._open_stream(width, height)
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
+        context.color_range = 1  # limited
+        return stream
+
+    def _picture(self, frame: np.ndarray):
+        return super()._picture(frame).reformat(format=self.pixel_format, dst_colorspace="ITU709", dst_color_range=1)
+
+
+class _Mp4(_Yuv):
+    format, codec = "mp4", "libx264"
+    codec_options = {"crf": "16", "preset": "medium"}
+    container_options = {"movflags": "+faststart"}
+    pipe_options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+
+
+class _Webm(_Yuv):
+    format, codec = "webm", "libvpx-vp9"
+    codec_options = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0"}
+
+
+class _Gif(_Container):
+    """256 colours chosen for each frame, so that frames can be written as they come."""
+
+    format, codec, pixel_format = "gif", "gif", "pal8"
+    container_options = {"loop": "0"}
+
+    def _open_stream(self, width: int, height: int):
+        av = _import_av()
+        stream = super()._open_stream(width, height)
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / self._rate)
+        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
+        use, sink = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=4"), graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(use, 0, 0)
+        split.link_to(palette, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        graph.configure()
+        self._graph = graph
+        return stream
+
+    def _encode(self, picture) -> None:
+        av = _import_av()
+        self._graph.push(picture)
+        while True:
+            try:
+                picture_of_palette = self._graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                break
+            super()._encode(picture_of_palette)
+        if picture is None:
+            super()._encode(None)
+
+
+class _Pipe:
+    """Standard output as PyAV wants it: write only, not seekable."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._file.flush()
+        return len(data)
+
+
+def encode_png(frame: np.ndarray) -> bytes:
+    """[H, W, 3] uint8 as a PNG file."""
+    av = _import_av()
+    context = av.CodecContext.create("png", "w")
+    context.height, context.width = frame.shape[:2]
+    context.pix_fmt, context.time_base = "rgb24", Fraction(1, 25)
+    context.thread_count = 1
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])
+
+
+class VideoReader:
+    """Reads frames one by one: a video file, a gif, a picture, a folder of PNG, or "-" for standard input.
+
+    A context manager and an iterable of uint8 [H, W, 3]. All frames have the size of the first.
+
+    Attributes:
+        fps: frames a second; None for pictures.
+        height, width: of every frame.
+        num_frames: as the container tells it; None where it does not (a pipe).
+
+    Raises:
+        VideoError: no such file, no video in it, damaged, or above the limits.
+    """
+
+    def __init__(self, path: str | os.PathLike, limits: Limits = Limits()):
+        self.path, self.limits = str(path), limits
+        self._container = None
+        self._folder_files: list[Path] | None = None
+        if self.path != PIPE and Path(self.path).is_dir():
+            self._open_folder(Path(self.path))
+        else:
+            self._open_file()
+
+    def _open_folder(self, folder: Path) -> None:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".png")
+        if not files:
+            raise VideoError(f"input folder {self.path!r} holds no PNG files")
+        with VideoReader(files[0], self.limits) as first:
+            self.height, self.width = first.height, first.width
+        self._folder_files, self.fps, self.num_frames = files, None, len(files)
+        self._check_count(len(files))
+
+    def _open_file(self) -> None:
+        av = _import_av()
+        if self.path == PIPE:
+            self._file: BinaryIO = sys.stdin.buffer
+        else:
+            try:
+                self._file = open(self.path, "rb")  # noqa: SIM115 (closed in close)
+            except OSError as error:
+                raise VideoError(f"input {self.path!r} cannot be read: {error.strerror}") from error
+        try:
+            # A Python file and not a name: FFmpeg would take "http:..." and "concat:..." for protocols.
+            with _as_video_error(self.path, reading=True):
+                self._container = av.open(
+                    _InputPipe(self._file) if self.path == PIPE else self._file,
+                    options={"format_whitelist": ",".join(READABLE), "protocol_whitelist": ""},
+                    metadata_errors="replace",
+                )
+            streams = self._container.streams.video
+            if not streams:
+                raise VideoError(f"input {self.path!r} holds no video")
+            stream = self._stream = streams[0]
+            stream.thread_count = 1
+            self.height, self.width = stream.height, stream.width
+            self._check_size(self.width, self.height)
+            rate = stream.guessed_rate or stream.average_rate
+            is_picture = self._container.format.name.endswith("_pipe") and self.path != PIPE
+            self.fps = None if is_picture or not rate else float(rate)
+            self.num_frames = stream.frames or None
+            if self.num_frames is not None:
+                self._check_count(self.num_frames)
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._folder_files is not None:
+            for file in self._folder_files:
+                with VideoReader(file, self.limits) as reader:
+                    frame = next(iter(reader), None)
+                    if frame is None:
+                        raise VideoError(f"input {str(file)!r} holds no picture")
+                    self._check_same(frame.shape[1], frame.shape[0])
+                    yield frame
+            return
+        if self._container is None:
+            raise VideoError(f"input {self.path!r} is closed")
+        index = 0
+        with _as_video_error(self.path, reading=True, position=lambda: index):
+            for picture in self._container.decode(self._stream):
+                self._check_same(picture.width, picture.height)
+                self._check_count(index + 1)
+                frame = picture.to_ndarray(format="rgb24")
+                if picture.is_corrupt:
+                    raise VideoError(f"input {self.path!r} is damaged at frame {index}")
+                index += 1
+                yield frame
+        if index == 0:
+            raise VideoError(f"input {self.path!r} holds no frame that can be decoded")
+        if self.num_frames is not None and index < self.num_frames:
+            raise VideoError(f"input {self.path!r} is truncated: it ends after {index} of {self.num_frames} frames")
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        if self._folder_files is None and self.path != PIPE and hasattr(self, "_file"):
+            self._file.close()
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise VideoError(f"input {self.path!r} is damaged: its frames are {width} x {height}")
+        if width * height > self.limits.max_pixels:
+            raise VideoError(
+                f"input {self.path!r}: frames of {width} x {height} have more than {self.limits.max_pixels} pixels"
+            )
+
+    def _check_same(self, width: int, height: int) -> None:
+        if (width, height) != (self.width, self.height):
+            self._check_size(width, height)
+            raise VideoError(
+                f"input {self.path!r}: frame size changes from {self.width} x {self.height} to {width} x {height}"
+            )
+
+    def _check_count(self, count: int) -> None:
+        if count > self.limits.max_frames:
+            raise VideoError(f"input {self.path!r} has more than {self.limits.max_frames} frames")
+
+
+class _InputPipe:
+    """Standard input as PyAV wants it: read only, not seekable."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(count)
+
+
+def read_video(path: str | os.PathLike, limits: Limits = Limits()) -> Video:
+    """A whole clip in memory; pictures count as clips of one frame at 1 fps.
+
+    Raises:
+        VideoError: see VideoReader; also more than `limits.max_bytes` of pixels.
+    """
+    with VideoReader(path, limits) as reader:
+        most = limits.max_bytes // (reader.height * reader.width * 3)
+        frames = []
+        for frame in reader:
+            if len(frames) >= most:
+                raise VideoError(f"input {str(path)!r} has more than {most} frames of {reader.width} x {reader.height}")
+            frames.append(frame)
+        return Video(np.stack(frames), reader.fps or 1.0)
+
+
+def read_image(path: str | os.PathLike, limits: Limits = Limits()) -> np.ndarray:
+    """The first frame of a picture or video, [H, W, 3] uint8."""
+    with VideoReader(path, limits) as reader:
+        return next(iter(reader))
+
+
+def write_sheet(
+    path: str | os.PathLike,
+    frames: np.ndarray,
+    numbers: Iterable[int] | None = None,
+    *,
+    columns: int = 5,
+    caption: str = "",
+) -> None:
+    """Tiles frames [N, H, W, 3] under a caption, each with its number, as one PNG; written aside and renamed."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    check_sheet_path(path)
+    frames = _as_uint8(frames)
+    count, height, width = frames.shape[:3]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    gap, label = 4, 14
+    font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+    sheet_width = columns * (width + gap) + gap
+    lines = _wrap(caption, font, sheet_width - 2 * gap)
+    top = gap + 20 * len(lines)
+    sheet = Image.new("RGB", (sheet_width, top + rows * (height + label + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, line in enumerate(lines):
+        draw.text((gap, gap + 20 * index), line, fill="black", font=font)
+    for index, (frame, number) in enumerate(zip(frames, numbers or range(count), strict=False)):
+        x, y = gap + index % columns * (width + gap), top + index // columns * (height + label + gap)
+        sheet.paste(Image.fromarray(frame), (x, y))
+        draw.text((x, y + height), str(number), fill="gray", font=small)
+    handle, temporary = tempfile.mkstemp(prefix=f".{Path(path).name}.", dir=Path(path).parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(encode_png(np.asarray(sheet)))
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines[:3]
+
+
+def _as_uint8(frames: np.ndarray) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
+        raise VideoError(f"frames have shape {list(frames.shape)}; [T, H, W, 3] is expected")
+    if frames.dtype == np.uint8:
+        return frames
+    if frames.dtype not in (np.float16, np.float32, np.float64):
+        raise VideoError(f"frames are {frames.dtype}; uint8 (0..255) or float (0..1) is expected")
+    if not np.isfinite(frames).all():
+        raise VideoError("frames hold NaN or infinity")
+    return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _as_video_error(path: str, *, reading: bool = False, position=None):
+    """Turns FFmpeg's and the system's errors into one line about the file."""
+    av = _import_av()
+    try:
+        yield
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, OSError) as error:
+        text = getattr(error, "strerror", None) or str(error)
+        where = f" after frame {position()}" if position is not None else ""
+        what = "input" if reading else "output"
+        verb = "is damaged or no video" if reading else "cannot be written"
+        raise VideoError(f"{what} {path!r} {verb}{where}: {text}") from error
+
+
+def _import_av():
+    import av
+    import av.filter
+
+    av.logging.set_level(None)  # errors come as exceptions; FFmpeg's own lines would break the one-line rule
+    return av
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

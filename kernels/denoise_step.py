@@ -19,11 +19,10 @@ Bound by memory: x, the outputs of the covering windows and x0_prev are read onc
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.launching import recorded
+from torch import Tensor
 
 # Philox4x32: multipliers and key increments.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -134,7 +133,7 @@ def frame_noise(seed: int, stage: int, step: int, frames: Tensor | list[int], po
         positions: number of positions H*W*C of a frame, or an int64 tensor [P] of positions in its flattened [H, W, C].
 
     Returns:
-        [len(frames), P], float32. Depends on nothing but the arguments: any subset, in any order, gives the same values.
+        [len(frames), P], float32. Any subset of frames and positions, in any order, gives the same values.
     """
     frames = torch.as_tensor(frames, dtype=torch.int64)
     if not 0 <= seed < 2**64:
@@ -288,7 +287,7 @@ def _denoise_step_kernel(
     x0 = tl.where(x0 < low, low, x0)
     x0 = tl.where(x0 > clip, clip, x0) * scale
     new = p * x + q * x0
-    if prev_ptr is not None:
+    if prev_ptr is not None:  # noqa: SIM102 (decided by the compiler; the next for each frame)
         if r != 0:
             new = new + r * tl.load(prev_ptr + frame * P + offs, mask=mask, other=0.0)
     if n != 0:

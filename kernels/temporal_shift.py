@@ -15,11 +15,16 @@ Source: Lin et al. 2019, "TSM: Temporal Shift Module", sec. 3; An et al. 2023, "
 Bound by memory: x read once, y written once.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
+from pylumiere.kernels import launching, tuning
+from pylumiere.kernels.cost import Cost
+from pylumiere.kernels.launching import recorded
 from torch import Tensor
-
 
 DIRECTIONS = ("both", "causal")
 PADS = ("zero", "circular", "replicate")
@@ -87,3 +92,198 @@ def reference(
     framed = torch.cat([first, x, last], 1)  # [B, T + 2, S, C]; frame t stands at t + 1
     blocks = ShiftSpec(n_div, direction, pad).channel_blocks(C)
     return torch.cat([framed[:, 1 + offset : 1 + offset + T, :, c0:c1] for c0, c1, offset in blocks], -1)
+
+
+# ---- kernel --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shifted_tile(
+    x_ptr, before_ptr, after_ptr, T, source, first_c, end_c, offs_c, pixels, mask_s,
+    stride_t, stride_s, stride_before_s, stride_after_s,
+    PAD: tl.constexpr,
+):  # fmt: skip
+    """Channels [first_c, end_c) of frame `source`, zeros elsewhere. `first_c` and `end_c` are multiples of a constant,
+    so the loads stay vectors."""
+    if PAD == "circular":
+        nearest = tl.where(source < 0, T - 1, tl.where(source >= T, 0, source))
+    else:
+        nearest = tl.minimum(tl.maximum(source, 0), T - 1)
+    end_inside = end_c
+    if PAD == "zero":
+        end_inside = tl.where((source < 0) | (source >= T), 0, end_inside)
+    if before_ptr is not None:
+        end_inside = tl.where(source < 0, 0, end_inside)
+    if after_ptr is not None:
+        end_inside = tl.where(source >= T, 0, end_inside)
+    mask = mask_s[:, None] & ((offs_c >= first_c) & (offs_c < end_inside))[None, :]
+    address = x_ptr + nearest.to(tl.int64) * stride_t + pixels * stride_s + offs_c[None, :]
+    y = tl.load(address, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_C]
+    if before_ptr is not None:
+        end_before = tl.where(source < 0, end_c, 0)
+        mask = mask_s[:, None] & ((offs_c >= first_c) & (offs_c < end_before))[None, :]
+        y = tl.where(mask, tl.load(before_ptr + pixels * stride_before_s + offs_c[None, :], mask=mask, other=0.0), y)
+    if after_ptr is not None:
+        end_after = tl.where(source >= T, end_c, 0)
+        mask = mask_s[:, None] & ((offs_c >= first_c) & (offs_c < end_after))[None, :]
+        y = tl.where(mask, tl.load(after_ptr + pixels * stride_after_s + offs_c[None, :], mask=mask, other=0.0), y)
+    return y
+
+
+@triton.jit
+def _temporal_shift_kernel(
+    x_ptr, before_ptr, after_ptr, y_ptr,
+    T, S, C, fold_units, first_offset, second_offset,
+    stride_b, stride_t, stride_s, stride_before_b, stride_before_s, stride_after_b, stride_after_s,
+    PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tiles_c, tiles_s = tl.cdiv(C, BLOCK_C), tl.cdiv(S, BLOCK_S)
+    pid = tl.program_id(0)
+    frame = pid // (tiles_c * tiles_s)
+    b, t = (frame // T).to(tl.int64), frame % T
+    offs_s = ((pid // tiles_c) % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_c = (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_s = offs_s < S
+    pixels = offs_s.to(tl.int64)[:, None]
+    fold = fold_units * UNIT
+    x_ptr += b * stride_b
+    if before_ptr is not None:
+        before_ptr += b * stride_before_b
+    if after_ptr is not None:
+        after_ptr += b * stride_after_b
+    # Each channel belongs to one of the three; the loads of the other two are masked off.
+    first = _shifted_tile(
+        x_ptr, before_ptr, after_ptr, T, t + first_offset, 0, fold, offs_c, pixels, mask_s,
+        stride_t, stride_s, stride_before_s, stride_after_s, PAD,
+    )  # fmt: skip
+    second = _shifted_tile(
+        x_ptr, before_ptr, after_ptr, T, t + second_offset, fold, 2 * fold, offs_c, pixels, mask_s,
+        stride_t, stride_s, stride_before_s, stride_after_s, PAD,
+    )  # fmt: skip
+    rest = _shifted_tile(x_ptr, None, None, T, t, 2 * fold, C, offs_c, pixels, mask_s, stride_t, stride_s, 0, 0, PAD)
+    y = tl.where((offs_c < fold)[None, :], first, tl.where((offs_c < 2 * fold)[None, :], second, rest))
+    mask = mask_s[:, None] & (offs_c < C)[None, :]
+    tl.store(y_ptr + (frame.to(tl.int64) * S + pixels) * C + offs_c[None, :], y, mask=mask)
+
+
+# ---- launch --------------------------------------------------------------------------------------------------------
+
+
+@recorded("temporal_shift", reference)
+def launch(
+    x: Tensor,
+    n_div: int = 8,
+    direction: str = "both",
+    pad: str = "zero",
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    B, T, S, C = x.shape
+    y = torch.empty(B, T, S, C, dtype=x.dtype, device=x.device)
+    alone = T == 1 and before is None and after is None
+    config = tuning.choose("temporal_shift", launching.arch_of(x), C=C, dtype=x.dtype)
+    first_offset, second_offset = (-1, 0) if direction == "causal" else (1, -1)
+    fold = 0 if alone else C // n_div
+    unit = math.gcd(fold, 16 // x.element_size())  # what the borders between channel blocks are multiples of
+    halo = {}
+    for name, value in (("before", before), ("after", after)):
+        halo[f"{name}_ptr"] = value
+        halo[f"stride_{name}_b"] = 0 if value is None else value.stride(0)
+        halo[f"stride_{name}_s"] = 0 if value is None else value.stride(1)
+    tiles = triton.cdiv(S, config.constants["BLOCK_S"]) * triton.cdiv(C, config.constants["BLOCK_C"])
+    launching.launch(
+        _temporal_shift_kernel,
+        (B * T * tiles,),
+        dict(
+            x_ptr=x, y_ptr=y, T=T, S=S, C=C, fold_units=fold // unit, first_offset=first_offset,
+            second_offset=second_offset, stride_b=x.stride(0), stride_t=x.stride(1), stride_s=x.stride(2), **halo,
+        ),
+        dict(PAD=pad, UNIT=unit, **config.constants),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+# ---- op ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pylumiere::temporal_shift", mutates_args=())
+def temporal_shift(
+    x: Tensor,
+    n_div: int = 8,
+    direction: str = "both",
+    pad: str = "zero",
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Channels read from the next and the previous frame.
+
+    Args:
+        x: [B, T, S, C], the last axis contiguous.
+        n_div, direction, pad: see `ShiftSpec`.
+        before, after: [B, S, C], the frames next to x in a longer clip, used in place of the padding; the last axis
+            contiguous.
+
+    Returns:
+        [B, T, S, C], contiguous. With T = 1 and no halo a copy of x.
+
+    Raises:
+        ValueError: an unknown direction or pad, n_div too small, or shapes, dtypes and strides that do not fit.
+    """
+    _check(x, n_div, direction, pad, before, after)
+    return (launch if x.is_cuda else reference)(x, n_div, direction, pad, before, after)
+
+
+@temporal_shift.register_fake
+def _(x, n_div=8, direction="both", pad="zero", before=None, after=None):
+    _check(x, n_div, direction, pad, before, after)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check(x, n_div, direction, pad, before, after) -> None:
+    ShiftSpec(n_div, direction, pad)
+    if x.dim() != 4:
+        raise ValueError(f"temporal_shift: x has shape {tuple(x.shape)}, expected [B, T, S, C]")
+    if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"temporal_shift: x has dtype {x.dtype}; a floating dtype is needed")
+    if x.numel() == 0:
+        raise ValueError(f"temporal_shift: x is empty, shape {tuple(x.shape)}")
+    B, _, S, C = x.shape
+    for name, value in {"x": x, "before": before, "after": after}.items():
+        if value is None:
+            continue
+        if name != "x" and tuple(value.shape) != (B, S, C):
+            raise ValueError(f"temporal_shift: {name} has shape {tuple(value.shape)}, expected {(B, S, C)}")
+        if value.dtype != x.dtype:
+            raise ValueError(f"temporal_shift: {name} has dtype {value.dtype}, x has {x.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"temporal_shift: {name} is on {value.device}, x on {x.device}")
+        if value.stride(-1) != 1 and C > 1:
+            strides = tuple(value.stride())
+            raise ValueError(f"temporal_shift: {name} has stride {strides}; its last axis must be contiguous")
+
+
+def cost(
+    x: Tensor,
+    n_div: int = 8,
+    direction: str = "both",
+    pad: str = "zero",
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Cost:
+    return Cost(flops=0, bytes=2 * x.numel() * x.element_size())
+
+
+def aot_cases(dtype: torch.dtype) -> list:
+    """The finest levels of base and SSR, and each way to treat the ends."""
+
+    def case(B: int, T: int, S: int, C: int, **spec):
+        return lambda: launch(torch.empty(B, T, S, C, dtype=dtype, device="meta"), **spec)
+
+    return [
+        ("C320-zero", case(1, 80, 128 * 128, 320)),
+        ("C64-zero", case(1, 80, 256 * 256, 64)),
+        ("C320-circular", case(1, 80, 128 * 128, 320, pad="circular")),
+        ("C320-replicate", case(1, 80, 128 * 128, 320, pad="replicate")),
+    ]

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import triton
-
 from pylumiere.kernels import OPS, launching
 from pylumiere.kernels.tuning import ARCHITECTURES, SHARED_MEMORY
 

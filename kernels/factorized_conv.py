@@ -1,6 +1,7 @@
 """(2+1)D convolution: 3 x 3 in space, then 3 taps in time, in one kernel where channels allow.
 
-    z = conv2d(silu(mul * x + add)) + bias_s             y[t] = sum_k weight_t[k] * act(z[t + k - 1]) + bias_t + residual
+    z = conv2d(silu(mul * x + add)) + bias_s
+    y[t] = sum_k weight_t[k] * act(z[t + k - 1]) + bias_t + residual
 
 The fused kernel walks along time with one tile of pixels. Each z[t] stays on the chip and is multiplied at once into
 the three frames that need it, in rolling accumulators. It saves writing and reading z, and costs two extra frames of
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from pylumiere.kernels import launching, spatial_conv, temporal_conv, tuning
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.implicit_gemm import check_operands, gather_pixels, pack_weight, traffic

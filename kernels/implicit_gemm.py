@@ -13,7 +13,6 @@ Bound by arithmetic for C of some hundreds, by memory below.
 import torch
 import triton
 import triton.language as tl
-
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.norm_affine import merge_tiles
@@ -177,7 +176,8 @@ def convolve(
     """
     B, T, H, W, C = x.shape
     O = weight.shape[0]
-    T_out, H_out, W_out = out_size(T, up_t, kernel_t, stride_t), *(out_size(n, up_s, kernel_s, stride_s) for n in (H, W))
+    T_out = out_size(T, up_t, kernel_t, stride_t)
+    H_out, W_out = (out_size(n, up_s, kernel_s, stride_s) for n in (H, W))
     y = torch.empty(B, T_out, H_out, W_out, O, dtype=x.dtype, device=x.device)
     pixels = H_out * W_out
     config = tuning.choose(op, launching.arch_of(x), dtype=x.dtype, C=C, O=O, pixels=pixels, prologue=mul is not None)

@@ -8,11 +8,13 @@ every kernel launch (kernel, grid, arguments, constants) and every PyTorch opera
 
 import functools
 import importlib
+import itertools
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import triton
@@ -46,7 +48,7 @@ def arch_of(x: torch.Tensor) -> int:
     return 0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device_arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
@@ -78,7 +80,7 @@ def launch(
     grid = tuple(int(size) for size in grid)
     if any(size == 0 for size in grid):
         return
-    for size, limit in zip(grid, _MAX_GRID):
+    for size, limit in zip(grid, _MAX_GRID, strict=False):
         if not 0 < size <= limit:
             raise ValueError(f"{kernel_name(kernel)}: grid={grid} is beyond the limits {_MAX_GRID}")
     if set(args) | set(constants) != set(kernel.arg_names):
@@ -203,6 +205,7 @@ class Recording:
         self.calls: list[Call] = []
         self.buffers: list[Buffer] = []
         self._storages: dict[int, tuple[int, Any]] = {}  # address -> (index, the storage, kept alive)
+        self._layouts: dict[str, TensorRef] = {}  # of the named tensors
         self._scope: Call | None = None
         self.outputs: Any = None
 
@@ -217,11 +220,12 @@ class Recording:
         for name, tensor in tensors.items():
             ref = self._ref(tensor)
             buffer = self.buffers[ref.buffer]
-            if ref.offset or not tensor.is_contiguous() or buffer.bytes != tensor.nbytes:
-                raise ValueError(f"{name!r} must be contiguous and alone in its memory, got {ref}")
+            if ref.offset or buffer.bytes != tensor.nbytes:
+                raise ValueError(f"{name!r} must be alone in its memory of {buffer.bytes} bytes, got {ref}")
             if buffer.name:
                 raise ValueError(f"{name!r} shares its memory with {buffer.name!r}")
             buffer.name, buffer.kind = name, kind
+            self._layouts[name] = ref
 
     def mark_outputs(self, outputs: Any) -> Any:
         refs = self._refs(outputs)
@@ -277,10 +281,11 @@ class Recording:
             if buffer.kind in ("input", "weight"):
                 if buffer.name not in values:
                     raise ValueError(f"the recording needs {buffer.name!r}, which is not among the values")
-                value = values[buffer.name].detach().to(device).contiguous()
-                if value.nbytes != buffer.bytes:
-                    raise ValueError(f"{buffer.name!r}: {value.nbytes} bytes given, {buffer.bytes} recorded")
-                memory[index] = value.clone() if buffer.kind == "input" else value
+                layout, value = self._layouts[buffer.name], values[buffer.name].detach()
+                if value.shape != layout.shape or value.dtype != layout.dtype:
+                    raise ValueError(f"{buffer.name!r}: got {value.dtype} {tuple(value.shape)}, recorded was {layout}")
+                memory[index] = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=device)
+                memory[index].copy_(value)
 
         def resolve(leaf: Any, create: bool = False) -> Any:
             if not isinstance(leaf, TensorRef):
@@ -308,7 +313,7 @@ class Recording:
             else:
                 args, kwargs = _map_refs(resolve, call.args)
                 results = call.function(*args, **kwargs)
-                for ref, result in zip(_leaves(call.outputs), _leaves(results)):
+                for ref, result in zip(_leaves(call.outputs), _leaves(results), strict=True):
                     if isinstance(ref, TensorRef):
                         target = resolve(ref, create=True)
                         if target.data_ptr() != result.data_ptr():
@@ -317,12 +322,22 @@ class Recording:
                 memory.pop(index, None)
         return _map_refs(resolve, self.outputs)
 
+    def peak_bytes(self) -> int:
+        """Most bytes of temporaries and outputs that are alive at once, each from its first call to its last."""
+        change = [0] * (len(self.calls) + 2)
+        for buffer in self.buffers:
+            if buffer.kind in ("temporary", "output") and buffer.first >= 0:
+                change[buffer.first] += buffer.bytes
+                change[min(buffer.last, len(self.calls)) + 1] -= buffer.bytes
+        return max(itertools.accumulate(change))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: buffers with lifetimes, and the launches with argument layout."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, TensorRef):
-                layout = {"dtype": str(value.dtype).removeprefix("torch."), "shape": value.shape, "stride": value.stride}
+                dtype = str(value.dtype).removeprefix("torch.")
+                layout = {"dtype": dtype, "shape": value.shape, "stride": value.stride}
                 return {"buffer": value.buffer, "offset": value.offset, **layout}
             return value if isinstance(value, (int, float, bool, str, type(None))) else str(value)
 

@@ -13,7 +13,6 @@ Source: Wu & He 2018, "Group Normalization"; Chan, Golub & LeVeque 1983, eq. 2.1
 import torch
 import triton
 import triton.language as tl
-
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.launching import recorded
@@ -302,10 +301,11 @@ def _check(statistics, pixels, gamma, beta, num_groups, scale, shift) -> None:
     for name, value in {"scale": scale, "shift": shift}.items():
         if value is None:
             continue
-        if value.dim() != 3 or value.shape[2] != C or N % value.shape[0] or value.shape[1] not in (1, N // value.shape[0]):
-            raise ValueError(f"norm_affine: {name} has shape {tuple(value.shape)}, expected [B, 1 or T, {C}] with B*T={N}")
-        if value.stride(2) != 1 and C > 1:
-            raise ValueError(f"norm_affine: {name} has stride {tuple(value.stride())}; its last axis must be contiguous")
+        shape, stride = tuple(value.shape), tuple(value.stride())
+        if len(shape) != 3 or shape[2] != C or shape[0] < 1 or N % shape[0] or shape[1] not in (1, N // shape[0]):
+            raise ValueError(f"norm_affine: {name} has shape {shape}, expected [B, 1 or T, {C}] with B*T={N}")
+        if stride[2] != 1 and C > 1:
+            raise ValueError(f"norm_affine: {name} has stride {stride}; its last axis must be contiguous")
     if scale is not None and scale.shape[0] != shift.shape[0]:
         raise ValueError(f"norm_affine: scale has B={scale.shape[0]}, shift has B={shift.shape[0]}")
 

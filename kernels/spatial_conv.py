@@ -10,10 +10,15 @@ Source: implicit GEMM, Chetlur et al. 2014 (cuDNN); shift, Lin et al. 2019 (TSM)
 
 import torch
 import torch.nn.functional as F
-
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.implicit_gemm import (
-    ENDS, check_operands, convolve, out_size, pack_weight, prologue, traffic,
+    ENDS,
+    check_operands,
+    convolve,
+    out_size,
+    pack_weight,
+    prologue,
+    traffic,
 )  # fmt: skip
 from pylumiere.kernels.launching import recorded
 from pylumiere.kernels.norm_affine import statistics_reference

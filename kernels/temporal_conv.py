@@ -10,7 +10,6 @@ Source: Bar-Tal et al. 2024 (Lumiere), appendix B; Tran et al. 2018, R(2+1)D. Bo
 
 import torch
 import torch.nn.functional as F
-
 from pylumiere.kernels.cost import Cost
 from pylumiere.kernels.implicit_gemm import check_operands, convolve, out_size, pack_weight, prologue, traffic
 from pylumiere.kernels.launching import recorded

@@ -4,8 +4,9 @@ Nothing is searched for at run time. `pylumiere bench ops --tune` measures candi
 commit, with device and date. Rows without a measurement say "not measured".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 

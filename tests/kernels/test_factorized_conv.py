@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from pylumiere.kernels import factorized_conv as op
 from pylumiere.kernels import launching
 from pylumiere.kernels.implicit_gemm import pack_weight
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
@@ -64,7 +64,8 @@ def test_two_kernels_give_the_same():
 
 def test_reference_is_conv3d_after_conv3d():
     tensors, options = make((1, 4, 5, 6, 8, 10, 12), torch.float64, fused=False)
-    z = F.conv3d(tensors["x"].permute(0, 4, 1, 2, 3), tensors["weight_s"][:, :, None], tensors["bias_s"], padding=(0, 1, 1))
+    x, weight_s = tensors["x"].permute(0, 4, 1, 2, 3), tensors["weight_s"][:, :, None]
+    z = F.conv3d(x, weight_s, tensors["bias_s"], padding=(0, 1, 1))
     y = F.conv3d(z, tensors["weight_t"][..., None, None], tensors["bias_t"], padding=(1, 0, 0))
     assert rel_rms(op.reference(**tensors, **options), y.permute(0, 2, 3, 4, 1)) < 1e-14
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from pylumiere.kernels import launching
 from pylumiere.kernels import norm_affine as op
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels import spatial_conv as op
 from pylumiere.kernels.implicit_gemm import pack_weight
 from pylumiere.kernels.norm_affine import statistics_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
@@ -127,9 +127,9 @@ def test_offsets_beyond_int32(axis):
     else:
         x = memory.as_strided((1, 1, 2, 2, 16), (0, 0, reach, 16, 1))
     x.copy_(torch.randn(x.shape))
-    tensors, options = make((1, 2 if axis == "frame" else 1, 2, 2, 16, 16, 3), torch.float16)
-    y, _ = op.launch(x.to(DEVICE), pack_weight(tensors["weight"]).to(DEVICE), **options)
-    expected, _ = op.reference(x.double(), tensors["weight"].double(), **options)
+    tensors, _ = make((1, 2 if axis == "frame" else 1, 2, 2, 16, 16, 3), torch.float16)
+    y, _ = op.launch(x.to(DEVICE), pack_weight(tensors["weight"]).to(DEVICE))
+    expected, _ = op.reference(x.double(), tensors["weight"].double())
     assert_close(y.cpu(), expected, kind="matmul")
 
 
@@ -168,7 +168,7 @@ def test_reference_pads_after_the_activation():
 
 
 def test_opcheck():
-    tensors, options = make((1, 2, 3, 4, 8, 6, 3), torch.float32, affine=True, residual=True, silu=True, fold_next=2)
+    tensors, _ = make((1, 2, 3, 4, 8, 6, 3), torch.float32, affine=True, residual=True)
     torch.library.opcheck(op.spatial_conv, tuple(tensors[n] for n in ("x", "weight", "bias", "mul", "add", "residual")),
                           {"silu": True, "fold_next": 2, "statistics": True})  # fmt: skip
 
@@ -232,7 +232,7 @@ def test_every_listed_tile_computes_the_same():
                 continue
             seen.add(key)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(tuning.TABLE, "spatial_conv", {0: [tuning.Row(row.config)], arch: [tuning.Row(row.config)]})
+                patch.setitem(tuning.TABLE, "spatial_conv", {0: [tuning.Row(row.config)]})
                 y, _ = run(tensors, options)
             assert_close(y, expected, kind="matmul", name=str(key))
     assert len(seen) >= 3

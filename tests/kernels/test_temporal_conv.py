@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from pylumiere.kernels import launching
 from pylumiere.kernels import temporal_conv as op
 from pylumiere.kernels.implicit_gemm import pack_weight
 from pylumiere.kernels.norm_affine import statistics_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
@@ -59,7 +59,7 @@ def test_kernel_matches_reference(shape, dtype):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["bare", "fused"])
-@pytest.mark.parametrize("factors", [(2, 1), (3, 1), (1, 2), (1, 3), (2, 2)], ids=lambda f: f"stride{f[0]}-upsample{f[1]}")
+@pytest.mark.parametrize("factors", shapes("stride upsample", [(2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]))
 def test_resampling_inside_the_loads(factors, fused):
     check(*make((1, 6, 3, 3, 24, 16), torch.float16, fused, *factors))
 

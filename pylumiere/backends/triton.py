@@ -1,0 +1,177 @@
+"""STUNet operations by the Triton kernels, and the one place where a network changes its backend.
+
+A GroupNorm becomes one multiply and one add per (frame, channel) inside the convolution that follows it. Its statistics
+come from the epilogue of the kernel that wrote the tensor, or from one pass over it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pylumiere.backends.torch import TorchBackend
+from pylumiere.errors import UnsupportedDevice
+from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_attention, temporal_conv
+from pylumiere.kernels.implicit_gemm import pack_weight
+from pylumiere.model.ops import Norm, PlainOps, Shift
+
+
+class TritonOps(PlainOps):
+    """The methods of `PlainOps` by fused kernels. Attention within frames and to the text stays PyTorch's.
+
+    Args:
+        precision: of float32 products: "ieee", or "tf32" for tensor cores with 10 bits.
+    """
+
+    name = "triton"
+
+    def __init__(self, precision: str = "ieee"):
+        if precision not in ("ieee", "tf32"):
+            raise ValueError(f"precision={precision!r} is not 'ieee' or 'tf32'")
+        self.precision = precision
+
+    def spatial_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        temporal_shift: Shift | None = None,
+        stride: int = 1,
+        upsample: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        mul, add = self._affine(x, norm, scale, shift)
+        fold_next, fold_prev = _folds(temporal_shift, x.shape[-1])
+        y, statistics = _call(spatial_conv, "spatial_conv")(
+            x, pack_weight(weight), bias, mul, add, residual, silu, stride, 2 if upsample else 1, fold_next, fold_prev,
+            temporal_shift.pad if temporal_shift else "zero", True, self.precision,
+        )  # fmt: skip
+        return _with_statistics(y, statistics)
+
+    def temporal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        stride: int = 1,
+        upsample: int = 1,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        mul, add = self._affine(x, norm, scale, shift)
+        y, _ = _call(temporal_conv, "temporal_conv")(
+            x, pack_weight(weight), bias, mul, add, residual, silu, stride, upsample, False, self.precision
+        )
+        return y
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        mul, add = self._affine(x, norm, scale, shift)
+        ends_branch = residual is not None  # what follows is a norm
+        y, statistics = _call(spatial_conv, "spatial_conv")(
+            x, weight[:, :, None, None], bias, mul, add, residual, silu, 1, 1, 0, 0, "zero", ends_branch, self.precision
+        )
+        return _with_statistics(y, statistics) if ends_branch else y
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+        return _attention(q, k, v, num_heads, mask)
+
+    def temporal_attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+        return _call(temporal_attention, "temporal_attention")(qkv, num_heads)
+
+    def _affine(
+        self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """GroupNorm, scale and shift as `mul * x + add`; None, None without a norm."""
+        if norm is None:
+            if scale is not None:
+                raise ValueError("scale and shift need a norm before them")
+            return None, None
+        frames = x.flatten(2, 3).flatten(0, 1)  # [B*T, S, C]
+        statistics = getattr(x, "channel_statistics", None)
+        if statistics is None:
+            statistics = _call(norm_affine, "channel_statistics", "launch_statistics")(frames)
+        return _call(norm_affine, "norm_affine")(
+            statistics, frames.shape[1], norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift
+        )
+
+
+class TritonBackend(TorchBackend):
+    """Both networks of a checkpoint on one GPU, by the Triton kernels."""
+
+    name = "triton"
+
+    def _ops(self) -> TritonOps:
+        return TritonOps()
+
+
+@launching.recorded("attention", PlainOps().attention)
+def _attention(q, k, v, num_heads, mask):
+    """PyTorch's own attention: one call without launches in a recording, instead of its parts."""
+    return PlainOps().attention(q, k, v, num_heads, mask)
+
+
+def _call(module, op: str, launch: str = "launch"):
+    """The operator; or its launch where kernels run by name: in a recording and under the interpreter."""
+    return getattr(module, launch if launching.is_recording() or launching.interpreted() else op)
+
+
+def _with_statistics(y: Tensor, statistics: Tensor) -> Tensor:
+    y.channel_statistics = statistics  # travels with the tensor object; views do not have it
+    return y
+
+
+def _folds(shift: Shift | None, channels: int) -> tuple[int, int]:
+    if shift is None:
+        return 0, 0
+    fold = channels // shift.div
+    return (0, fold) if shift.direction == "causal" else (fold, fold)
+
+
+# ---- the switch ----------------------------------------------------------------------------------------------------
+
+
+def set_backend(model: torch.nn.Module, backend: str, *, precision: str = "ieee") -> torch.nn.Module:
+    """Make a STUNet run on "torch" (plain PyTorch) or on "triton". Returns the model.
+
+    For "triton" convolution weights are laid out with the input channels innermost, in place; their values, and what
+    the plain path computes from them, stay the same.
+
+    Raises:
+        ValueError: an unknown backend.
+        UnsupportedDevice: "triton" for a model that is not on a GPU, without the interpreter.
+    """
+    if backend == "torch":
+        model.ops = PlainOps()
+        return model
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r} is not 'torch' or 'triton'")
+    parameter = next(model.parameters())
+    if not (parameter.is_cuda or parameter.is_meta or launching.interpreted()):
+        raise UnsupportedDevice(
+            f"the Triton backend needs a GPU, the model is on {parameter.device}; move it there, or use backend='torch'"
+        )
+    for parameter in model.parameters():
+        if parameter.dim() in (3, 4):
+            parameter.data = pack_weight(parameter.data)
+    model.ops = TritonOps(precision)
+    return model

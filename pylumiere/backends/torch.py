@@ -1,0 +1,82 @@
+"""Eager PyTorch on CPU or GPU: the networks as they are defined, prepared once for the device.
+
+Weights are laid out channels-last, so that the convolutions see operands of one layout and reorder nothing. The thread
+count is fixed when the backend is made, because a result's last bits may depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pylumiere.backends import Choice
+from pylumiere.checkpoint import Checkpoint, build_network
+from pylumiere.config import STUNetConfig
+from pylumiere.model import PlainOps, STUNet
+
+
+class TorchBackend:
+    """Both networks of a checkpoint on one device. Immutable; calls may come from any thread.
+
+    Attributes:
+        device, dtype: where and in what number format the networks compute. Samples and predictions are float32.
+        num_threads: of one call on the CPU.
+        weight_bytes: of both networks, as they are held.
+    """
+
+    name = "torch"
+
+    def __init__(self, checkpoint: Checkpoint, choice: Choice):
+        self.device, self.dtype = choice.device, choice.dtype
+        self.num_threads = torch.get_num_threads()
+        self._networks = {"base": self._prepare(checkpoint.config.base.network, checkpoint.base)}
+        if checkpoint.ssr is not None:
+            self._networks["ssr"] = self._prepare(checkpoint.config.ssr.network, checkpoint.ssr)
+        tensors = [tensor for network in self._networks.values() for tensor in network.state_dict().values()]
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def _ops(self) -> PlainOps:
+        return PlainOps()
+
+    def _prepare(self, config: STUNetConfig, weights: Mapping[str, Tensor]) -> STUNet:
+        prepared = {name: _channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
+        network = build_network(config, prepared)
+        network.ops = self._ops()
+        return network
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        stage: str,
+        sample: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:
+        """One network call.
+
+        Args:
+            stage: "base" or "ssr".
+            sample: [B, T, H, W, in_channels] float32, on the device.
+            timesteps: [B] float32; one per batch element.
+            text, text_mask: [B, L, D] float32 and [B, L] bool, for a network with text.
+            noise_level: [B] float32, for a network that takes one.
+
+        Returns:
+            [B, T, H, W, 3] float32, contiguous.
+        """
+        if self.device.type == "cpu" and torch.get_num_threads() != self.num_threads:
+            torch.set_num_threads(self.num_threads)  # per thread of the caller
+        return self._networks[stage](sample, timesteps, text, text_mask, noise_level).contiguous()
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """The same weight with its input channels last in memory: [O, C, kh, kw] and [O, C, k] only."""
+    if weight.ndim == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    if weight.ndim == 3:
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    return weight

@@ -259,7 +259,7 @@ def stage_preset(name: str) -> StageConfig:
     presets = {
         "demo-base": lambda: StageConfig(
             STUNetConfig(_levels((64, 128, 192), 1, attention_depth=2), patch_size=2, num_groups=4, head_dim=32, height=32, width=32),
-            ScheduleConfig("cosine", "sample", -3.0), SamplerConfig("dpmpp_2m", 30, 2.0)),
+            ScheduleConfig("cosine", "sample", -4.0), SamplerConfig("dpmpp_2m", 30, 2.0)),
         "demo-ssr": lambda: StageConfig(
             STUNetConfig(_levels((64, 96, 160), 1, factors=[1, 1, 1], attention_depth=1, attention_levels=(), spatial=False, text=False),
                          patch_size=4, num_groups=4, head_dim=32, text_dim=0, height=128, width=128, **ssr),

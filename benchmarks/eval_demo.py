@@ -11,7 +11,6 @@ matching of the object's silhouette and colours among all objects).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "train_demo"))
 import data  # noqa: E402
+from _record import append_row  # noqa: E402
 
 SIZE = 128
 
@@ -196,15 +196,12 @@ def main() -> None:
     print(table(rows))
     print(f"contact sheet: {args.sheet}")
     if args.json:
-        from _record import machine_facts
         shares = {}
         for key in ("background", "colour", "motion", "object"):
             values = [r["right"][key] for r in rows if key in r["right"]]
             shares[key] = round(sum(values) / len(values), 4)
-        row = {"benchmark": "eval_demo", "truth": args.truth, "count": args.count, "steps": args.steps, "guidance": args.guidance, **shares,
-               "seconds": round(time.monotonic() - begun, 1), **machine_facts()}
-        with args.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(args.json, {"benchmark": "eval_demo", "model": args.model, "truth": args.truth, "count": args.count, "steps": args.steps,
+                               "guidance": args.guidance, **shares, "seconds": round(time.monotonic() - begun, 1)})
 
 
 if __name__ == "__main__":

@@ -48,19 +48,39 @@ def _is_fp32(shape: dict[str, Any]) -> bool:
     return shape["dtype"] == torch.float32
 
 
-def _is_narrow(shape: dict[str, Any]) -> bool:
-    return shape["O"] <= 64
+def _is_tiny(shape: dict[str, Any]) -> bool:
+    return shape["O"] <= 16
 
 
 def _is_small(shape: dict[str, Any]) -> bool:
     return shape["pixels"] <= 64
 
 
-_fma = [Row(_gemm(64, 64, 16, 8, 2))]
-_mma = [Row(_gemm(64, 64, 32, 8, 2), _is_fp32), Row(_gemm(64, 128, 64), _is_small), Row(_gemm(128, 64, 64), _is_narrow),
-        Row(_gemm(128, 128, 64, 8, 3))]  # fmt: skip
-_wgmma = _mma
-_conv = {0: [Row(_gemm(64, 32, 32, 1, 1))], 75: _fma, 80: _mma, 86: _mma, 89: _mma, 90: _wgmma, 100: _wgmma, 120: _mma}
+def _is_narrow(shape: dict[str, Any]) -> bool:
+    return shape["O"] <= 64
+
+
+def _is_ragged(shape: dict[str, Any]) -> bool:
+    """Tiles of 128 output channels would compute up to 64 for nothing; 320 is 5 * 64."""
+    return 0 < shape["O"] % 128 <= 64 and shape["pixels"] >= 256
+
+
+def _mma(ragged: Config) -> list[Row]:
+    return [
+        Row(_gemm(64, 64, 16, 4, 2), _is_fp32),
+        Row(_gemm(128, 16, 64), _is_tiny),
+        Row(_gemm(64, 128, 64), _is_small),
+        Row(_gemm(128, 64, 64), _is_narrow),
+        Row(ragged, _is_ragged),
+        Row(_gemm(128, 128, 64, 8, 3)),
+    ]
+
+
+_small_memory, _large_memory = _mma(_gemm(256, 64, 32, 8, 3)), _mma(_gemm(256, 64, 64, 8, 3))
+_conv = {
+    0: [Row(_gemm(64, 32, 32, 1, 1))], 75: [Row(_gemm(64, 64, 16, 4, 2))], 80: _large_memory, 86: _small_memory,
+    89: _small_memory, 90: _large_memory, 100: _large_memory, 120: _small_memory,
+}  # fmt: skip
 TABLE["spatial_conv"] = _conv
 TABLE["temporal_conv"] = _conv
 TABLE["channel_statistics"] = {
@@ -74,14 +94,14 @@ def _fused(pixels: int, channels: int, frames: int, warps: int, stages: int = 2)
 
 
 def _up_to(channels: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda shape: max(shape["mid"], shape["out"]) <= channels
+    return lambda shape: max(shape["mid"], shape["out"]) <= channels and not _is_fp32(shape)
 
 
 # Beyond 64 channels the accumulators spill on mma chips.
 _fused_narrow = Row(_fused(64, 32, 16, 8), _up_to(64))
 _fused_wide = Row(_fused(64, 16, 16, 8), _up_to(128))
 TABLE["factorized_conv"] = {
-    0: [Row(_fused(64, 32, 4, 1), _up_to(128))], 80: [_fused_narrow], 90: [_fused_narrow, _fused_wide],
+    0: [Row(_fused(64, 32, 4, 1))], 80: [_fused_narrow], 90: [_fused_narrow, _fused_wide],
     100: [_fused_narrow, _fused_wide], 120: [_fused_narrow],
 }  # fmt: skip
 
@@ -124,13 +144,11 @@ TABLE["denoise_step"] = {
     0: [Row(Config({"BLOCK": 64}, 1, 1))],
     75: [Row(Config({"BLOCK": 1024}, 4, 1))],
 }
-TABLE["temporal_shift"] = {
-    0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))],
-    75: [Row(Config({"BLOCK_S": 32, "BLOCK_C": 128}, 4, 1), lambda shape: shape["C"] > 64),
-         Row(Config({"BLOCK_S": 64, "BLOCK_C": 64}, 4, 1))],
-}  # fmt: skip
-TABLE["groupnorm_silu"] = {
-    0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))],
-    75: [Row(Config({"BLOCK_S": 32, "BLOCK_C": 128}, 4, 1), lambda shape: shape["C"] > 64),
-         Row(Config({"BLOCK_S": 64, "BLOCK_C": 64}, 4, 1))],
-}  # fmt: skip
+_tiles = [  # whole tiles where the channels allow
+    Row(Config({"BLOCK_S": 32, "BLOCK_C": 128}, 4, 1), lambda shape: shape["C"] % 128 == 0),
+    Row(Config({"BLOCK_S": 64, "BLOCK_C": 64}, 4, 1), lambda shape: shape["C"] > 32),
+    Row(Config({"BLOCK_S": 128, "BLOCK_C": 32}, 4, 1), lambda shape: shape["C"] > 8),
+    Row(Config({"BLOCK_S": 512, "BLOCK_C": 8}, 4, 1)),
+]
+TABLE["temporal_shift"] = {0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
+TABLE["groupnorm_silu"] = {0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))], 75: _tiles}

@@ -1,0 +1,337 @@
+"""One command line: generate, upscale, doctor, and whatever else is installed.
+
+Exit codes: 0 done; 2 the user's mistake, said in one line on standard error; 130 interrupted; 1 our own failure, with
+its traceback. Results go to standard output (one JSON object with --json), everything else to standard error. The
+heavy imports happen inside the commands: `pylumiere --help` loads no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pylumiere.errors import USER_ERRORS, InvalidRequest
+
+if TYPE_CHECKING:
+    from pylumiere.request import Progress
+
+app = typer.Typer(
+    name="pylumiere",
+    help="Text to video by a Space-Time U-Net.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Names in a request's errors, and what the user typed for them.
+_OPTIONS = {
+    "negative_prompt": "--negative", "num_frames": "--frames", "height": "--size (height)", "width": "--size (width)",
+    "num_inference_steps": "--steps", "guidance_scale": "--guidance", "window_frames": "--window",
+    "window_overlap": "--overlap",
+    **{name: f"--{name}" for name in ("fps", "seed", "sampler", "image", "video", "mask", "strength")},
+}  # fmt: skip
+
+_MAX_TILES = 200  # of a streamed clip's contact sheet
+
+Model = Annotated[str, typer.Option(help="A shipped model's name (demo) or a model folder.")]
+Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
+Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Sheet = Annotated[str | None, typer.Option(help="Also write a contact sheet, a PNG of every 8th frame.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bytes; drawn at random if not given.")]
+Window = Annotated[int | None, typer.Option(help="Frames of a super-resolution window.")]
+Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring windows share.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    output: Output = "clip.mp4",
+    model: Model = "demo",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m, or euler for flow models.")] = None,
+    seed: Seed = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, or one number for a square.")] = None,
+    negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
+    image: Annotated[str | None, typer.Option(help="A picture: the first frame.")] = None,
+    video: Annotated[str | None, typer.Option(help="A clip to start from, or to keep in part.")] = None,
+    mask: Annotated[str | None, typer.Option(help="A picture or clip: white is made anew, black is kept.")] = None,
+    strength: Annotated[float, typer.Option(help="With --video: how much of the noise schedule to run, 0 to 1.")] = 1.0,
+    window: Window = None,
+    overlap: Overlap = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Encode frames while later ones are computed.")] = False,
+    sheet: Sheet = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a clip from a text."""
+    from pylumiere.request import GenerationRequest
+
+    begun = time.monotonic()
+    _check_outputs(output, sheet)
+    width, height = _parse_size(size)
+    with _Bars() as bars:
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative, num_frames=frames, fps=fps, height=height, width=width,
+            num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
+            seed=secrets.randbits(32) if seed is None else seed,
+            image=_read_image(image), video=_read_clip(video), mask=_read_mask(mask), strength=strength,
+            window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback,
+        )  # fmt: skip
+        engine = _load(model, backend, device, precision)
+        loaded = time.monotonic()
+        if stream:
+            metadata = _write_stream(engine.stream(request), output, sheet, prompt)
+        else:
+            result = engine.generate(request)
+            bars.close()
+            metadata = result.metadata
+            result.save(output)
+            if sheet is not None:
+                result.sheet(sheet)
+    seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
+    _report(output, sheet, metadata, seconds, as_json)
+
+
+@app.command()
+def upscale(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A video, a picture, a folder of PNG, or - (stdin).")],
+    output: Output,
+    model: Model = "demo",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
+    seed: Seed = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second; the input's own if not given.")] = None,
+    window: Window = None,
+    overlap: Overlap = None,
+    loop: Annotated[bool, typer.Option("--loop", help="The clip's end meets its start.")] = False,
+    sheet: Sheet = None,
+    as_json: Json = False,
+) -> None:
+    """Super-resolution alone, for clips of any length. Sound is dropped."""
+    from pylumiere.video import VideoReader
+
+    begun = time.monotonic()
+    _check_outputs(output, sheet)
+    with VideoReader(source) as reader, _Bars() as bars:
+        engine = _load(model, backend, device, precision)
+        loaded = time.monotonic()
+        chunks = engine.upscale(
+            reader, fps=fps or reader.fps, num_frames=reader.num_frames, seed=seed, loop=loop,
+            num_inference_steps=steps, window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback,
+        )  # fmt: skip
+        metadata = _write_stream(chunks, output, sheet, "")
+    seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
+    _report(output, sheet, metadata, seconds, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Says what this machine can run, and what is missing for the rest."""
+    from pylumiere.doctor import examine
+
+    report = examine()
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        print(report.to_text())
+
+
+def _load(model: str, backend: str, device: str, precision: str):
+    from pylumiere.engine import Engine
+
+    return Engine.load(model, backend=backend, device=device, precision=precision)
+
+
+def _check_outputs(output: str, sheet: str | None) -> None:
+    """Before anything is computed: can the results be written?"""
+    from pylumiere.video import check_sheet_path, output_format
+
+    output_format(output)
+    if sheet is not None:
+        check_sheet_path(sheet)
+
+
+def _parse_size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.strip().lower())
+    if match is None:
+        raise InvalidRequest(f"--size {text!r} is neither WIDTHxHEIGHT nor one number, such as 128x128 or 128")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _read_image(path: str | None):
+    from pylumiere.video import read_image
+
+    return None if path is None else read_image(path)
+
+
+def _read_clip(path: str | None):
+    from pylumiere.video import read_video
+
+    return None if path is None else read_video(path).frames
+
+
+def _read_mask(path: str | None):
+    """[H, W] from a picture, [T, H, W] from a clip; its green channel, halved at 128."""
+    frames = _read_clip(path)
+    if frames is None:
+        return None
+    mask = frames[..., 1] >= 128
+    return mask[0] if len(mask) == 1 else mask
+
+
+def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[str, Any]:
+    """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
+    import numpy as np
+
+    from pylumiere.video import BackgroundWriter, write_sheet
+
+    kept: list[tuple[int, Any]] = []
+    num_frames = 0
+    with contextlib.closing(chunks), BackgroundWriter(output, chunks.fps) as writer:
+        for chunk in chunks:
+            writer.write(chunk.frames)
+            num_frames += len(chunk.frames)
+            if sheet is not None and len(kept) < _MAX_TILES:
+                first = -chunk.start % 8
+                kept += [(chunk.start + i, chunk.frames[i].copy()) for i in range(first, len(chunk.frames), 8)]
+    if sheet is not None and kept:
+        numbers, frames = zip(*kept, strict=True)
+        write_sheet(sheet, np.stack(frames), numbers, caption=caption)
+    return {**chunks.metadata, "num_frames": num_frames}
+
+
+def _report(output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool) -> None:
+    import resource
+
+    outputs = {"output": _absolute(output), "sheet": None if sheet is None else _absolute(sheet)}
+    file = sys.stderr if output == "-" else sys.stdout  # standard output carries the clip
+    if as_json:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        inner = metadata.get("seconds")
+        times = {**(inner if isinstance(inner, dict) else {}), **seconds}
+        times = {name: round(value, 3) for name, value in times.items()}
+        print(json.dumps({**outputs, **metadata, "seconds": times, "peak_resident_bytes": peak}), file=file)
+        return
+    facts = [
+        f"{metadata['num_frames']} frames", f"{metadata['width']} x {metadata['height']}", f"{metadata['fps']:g} fps",
+        f"seed {metadata['seed']}", f"{seconds['all']:.1f} s",
+    ]  # fmt: skip
+    print(f"{outputs['output']}: {', '.join(facts)}", file=file)
+    if sheet is not None:
+        print(f"{outputs['sheet']}: contact sheet, every 8th frame", file=file)
+
+
+def _absolute(path: str) -> str:
+    return path if path == "-" else str(Path(path).absolute())
+
+
+class _Bars:
+    """One progress bar per stage on a terminal; nothing elsewhere."""
+
+    def __init__(self):
+        self._progress = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            name, left = TextColumn("{task.description:<17}"), TextColumn("{task.fields[left]}")
+            self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), left, console=Console(stderr=True))
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    @property
+    def callback(self):
+        return None if self._progress is None else self._on_step
+
+    def _on_step(self, progress: Progress) -> None:
+        bars = self._progress
+        if bars is None:
+            return
+        if progress.stage not in self._tasks:
+            name = {"base": "base", "ssr": "super-resolution"}.get(progress.stage, progress.stage)
+            self._tasks[progress.stage] = bars.add_task(name, total=progress.steps, left="")
+        left = "" if progress.seconds_left is None else f"{progress.seconds_left:.0f} s left"
+        bars.update(self._tasks[progress.stage], completed=progress.step, total=progress.steps, left=left)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: clean up as after Ctrl-C."""
+
+
+def _on_sigterm(number, frame):
+    raise _Terminated
+
+
+def _explain(error: BaseException) -> str:
+    """A user's error in one line, in the names that were typed."""
+    names = "|".join(_OPTIONS)
+    text = " ".join(str(error).split())
+    return re.sub(rf"(^|; |, )({names})(?=[=:])", lambda match: match[1] + _OPTIONS[match[2]], text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = app(arguments, prog_name="pylumiere", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except USER_ERRORS as error:
+        return _fail(_explain(error))
+    except (KeyboardInterrupt, Exception) as error:
+        # Typer turns Ctrl-C into its own Abort, and its usage errors share no public base over its versions.
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+            print("pylumiere: interrupted; nothing was written", file=sys.stderr)
+            return 143 if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated) else 130
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        if hasattr(error, "format_message"):
+            return _fail(" ".join(error.format_message().split()))
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nobody to tell
+            return 0
+        raise
+
+
+def _fail(text: str) -> int:
+    print(f"pylumiere: {text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,14 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def machine_facts() -> dict:
     """CPU, cores, GPU if any, library versions, commit and UTC date."""
-    facts = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "commit": _commit(),
-             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    facts = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
     for package in ("torch", "triton", "numpy"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     import torch
+
     facts["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -48,5 +54,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"

@@ -1,11 +1,11 @@
 """Does the demo do what the prompt says? Pixels only, no learned judge.
 
-    python benchmarks/eval_demo.py                 # 200 captions kept out of training: a table, a contact sheet, a JSON line
-    python benchmarks/eval_demo.py --truth         # the same checks on rendered clips: what the measure itself can reach
+    python benchmarks/eval_demo.py            # 200 captions kept out of training: a table and a contact sheet
+    python benchmarks/eval_demo.py --truth    # the same checks on rendered clips: what the measure itself can reach
 
-Each clip is checked for its background (border pixels, nearest of all backgrounds), the colour of a shape (nearest palette
-entry over the object's pixels), kind and direction of motion (centroid and area over time), and the object (template
-matching of the object's silhouette and colours among all objects).
+Each clip is checked for its background (border pixels, nearest of all backgrounds), the colour of a shape (nearest
+palette entry over the object's pixels), kind and direction of motion (centroid and area over time), and the object
+(template matching of silhouette and colours among all objects).
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ def held_out(count: int, seed: int = 0) -> list[tuple[tuple[str, str, str], str]
             by_motion[triple[1]].append(triple)
     for group in by_motion.values():
         rng.shuffle(group)
-    order = [tuple(group[i]) for i in range(max(map(len, by_motion.values()))) for group in by_motion.values() if i < len(group)]
+    order = [
+        tuple(group[i])
+        for i in range(max(map(len, by_motion.values())))
+        for group in by_motion.values()
+        if i < len(group)
+    ]
     if count > len(order):
         raise SystemExit(f"--count {count}: only {len(order)} triples were kept out of training")
     return [(t, data.caption(t, rng)) for t in order[:count]]
@@ -46,10 +51,12 @@ def held_out(count: int, seed: int = 0) -> list[tuple[tuple[str, str, str], str]
 class Judge:
     """Measures clips, uint8 [T, 128, 128, 3]."""
 
-    def __init__(self, times: torch.Tensor = torch.arange(data.CLIP_FRAMES)):
-        self.times = times
-        self.backgrounds = {b: self._uint8(data.background(b, SIZE, self.times)).expand(len(times), -1, -1, -1).numpy().astype(np.int16)
-                            for b in data.BACKGROUNDS}
+    def __init__(self, times: torch.Tensor | None = None):
+        self.times = times = torch.arange(data.CLIP_FRAMES) if times is None else times
+        self.backgrounds = {
+            b: self._uint8(data.background(b, SIZE, self.times)).expand(len(times), -1, -1, -1).numpy().astype(np.int16)
+            for b in data.BACKGROUNDS
+        }
         border = np.zeros((SIZE, SIZE), bool)
         border[:5], border[-5:], border[:, :5], border[:, -5:] = True, True, True, True
         self.border = border
@@ -65,7 +72,9 @@ class Judge:
         for name in data.OBJECTS:
             scene = data.Scene((name, "still", "white"), (0.5, 0.5), (0.5, 0.5), (0.45, 0.45))
             axis = ((torch.arange(96) + 0.5) / 96 - 0.5) / 0.45
-            rgb, alpha = renderer._object(scene.triple[0], axis[None, None, :], axis[None, :, None], torch.tensor([0.45]), 96)
+            rgb, alpha = renderer._object(
+                scene.triple[0], axis[None, None, :], axis[None, :, None], torch.tensor([0.45]), 96
+            )
             rgba = torch.cat([rgb, alpha], -1)[0].numpy()
             out[name] = _crop_resize(rgba, rgba[..., 3] > 0.5)
         return out
@@ -73,12 +82,16 @@ class Judge:
     def measure(self, frames: np.ndarray) -> dict:
         """Background, colour, motion and object of a clip as the pixels show them."""
         frames = frames.astype(np.int16)
-        found = {b: np.abs(np.median(frames - reference, 0))[self.border].mean() for b, reference in self.backgrounds.items()}
+        found = {
+            b: np.abs(np.median(frames - reference, 0))[self.border].mean() for b, reference in self.backgrounds.items()
+        }
         background = min(found, key=found.get)
-        distance = np.sqrt(((frames - self.backgrounds[background]).astype(np.float32) ** 2).sum(-1))      # [T, H, W]
+        distance = np.sqrt(((frames - self.backgrounds[background]).astype(np.float32) ** 2).sum(-1))  # [T, H, W]
         mask = distance > 70
         mask &= ~_edge_noise(mask)
-        result = dict(background=background if found[background] < 40 else "none", background_error=float(found[background]))
+        result = dict(
+            background=background if found[background] < 40 else "none", background_error=float(found[background])
+        )
         areas = mask.mean((1, 2))
         if np.median(areas) < 0.004:
             return {**result, "motion": "none", "colour": "none", "object": "none"}
@@ -103,13 +116,15 @@ class Judge:
     def _object(self, frames: np.ndarray, mask: np.ndarray, areas: np.ndarray) -> dict:
         palette = {c: np.array(data.PALETTE[c]) for c in data.SHAPE_COLOURS}
         votes, scores = Counter(), defaultdict(float)
-        for i in np.argsort(areas)[len(areas) // 4::8]:
+        for i in np.argsort(areas)[len(areas) // 4 :: 8]:
             pixels = frames[i][mask[i]]
             if len(pixels) == 0:
                 continue
             colour = np.median(pixels, 0)
             votes[min(palette, key=lambda c: np.abs(palette[c] - colour).sum())] += 1
-            patch = _crop_resize(np.concatenate([frames[i] / 255 * mask[i][..., None], mask[i][..., None]], -1), mask[i])
+            patch = _crop_resize(
+                np.concatenate([frames[i] / 255 * mask[i][..., None], mask[i][..., None]], -1), mask[i]
+            )
             for name, template in self.templates.items():
                 scores[name] += float(np.abs(template - patch).mean())
         return {"colour": votes.most_common(1)[0][0], "object": min(scores, key=scores.get)}
@@ -118,13 +133,13 @@ class Judge:
 def _edge_noise(mask: np.ndarray) -> np.ndarray:
     """Set pixels with fewer than five set neighbours in their 3 x 3 block: specks, not objects."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
-    count = sum(padded[:, i:i + SIZE, j:j + SIZE] for i in range(3) for j in range(3))
+    count = sum(padded[:, i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3))
     return mask & (count < 5)
 
 
 def _crop_resize(rgba: np.ndarray, mask: np.ndarray, side: int = 24) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    crop = rgba[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    crop = rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     x = torch.from_numpy(np.ascontiguousarray(crop)).float().permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(x, (side, side), mode="area")[0].permute(1, 2, 0).numpy()
 
@@ -132,7 +147,11 @@ def _crop_resize(rgba: np.ndarray, mask: np.ndarray, side: int = 24) -> np.ndarr
 def score(triple: tuple[str, str, str], measured: dict) -> dict[str, bool]:
     """Which of the caption's statements the clip shows; "colour" only for shapes."""
     obj, motion, background = triple
-    right = {"background": measured["background"] == background, "motion": measured["motion"] == motion, "object": measured["object"] == obj}
+    right = {
+        "background": measured["background"] == background,
+        "motion": measured["motion"] == motion,
+        "object": measured["object"] == obj,
+    }
     if obj not in data.SPRITES:
         right["colour"] = measured["colour"] == obj.split(" ")[0]
     return right
@@ -163,7 +182,9 @@ def contact_sheet(strips: list[np.ndarray], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--count", type=int, default=200, help="captions, at most the number of triples kept out of training")
+    parser.add_argument(
+        "--count", type=int, default=200, help="captions, at most the number of triples kept out of training"
+    )
     parser.add_argument("--steps", type=int, help="base steps; the model's default if not given")
     parser.add_argument("--guidance", type=float, help="guidance scale; the model's default if not given")
     parser.add_argument("--truth", action="store_true", help="judge rendered clips instead of generated ones")
@@ -179,11 +200,15 @@ def main() -> None:
             return ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     else:
         import pylumiere
+
         engine = pylumiere.Engine.load(args.model)
-        options = {k: v for k, v in (("num_inference_steps", args.steps), ("guidance_scale", args.guidance)) if v is not None}
+        options = {
+            k: v for k, v in (("num_inference_steps", args.steps), ("guidance_scale", args.guidance)) if v is not None
+        }
 
         def make(index, triple, prompt):
             return engine.generate(prompt, seed=index, **options).frames
+
     for index, (triple, prompt) in enumerate(held_out(args.count)):
         clip = make(index, triple, prompt)
         measured = judge.measure(clip)
@@ -200,8 +225,19 @@ def main() -> None:
         for key in ("background", "colour", "motion", "object"):
             values = [r["right"][key] for r in rows if key in r["right"]]
             shares[key] = round(sum(values) / len(values), 4)
-        append_row(args.json, {"benchmark": "eval_demo", "model": args.model, "truth": args.truth, "count": args.count, "steps": args.steps,
-                               "guidance": args.guidance, **shares, "seconds": round(time.monotonic() - begun, 1)})
+        append_row(
+            args.json,
+            {
+                "benchmark": "eval_demo",
+                "model": args.model,
+                "truth": args.truth,
+                "count": args.count,
+                "steps": args.steps,
+                "guidance": args.guidance,
+                **shares,
+                "seconds": round(time.monotonic() - begun, 1),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -58,8 +58,10 @@ def _convert(value, hint, where: str):
         return hint.from_dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    _check(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
-           f"{where}: expected {hint.__name__}, got {value!r}")
+    _check(
+        isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
+        f"{where}: expected {hint.__name__}, got {value!r}",
+    )
     if hint is float:
         _check(math.isfinite(value), f"{where}: {value} is not finite")
     return value
@@ -138,18 +140,27 @@ class STUNetConfig(_Json):
         _check(self.text_dim >= 0, f"text_dim={self.text_dim} is negative")
         _check(self.shift_pad in ("zero", "circular", "replicate"), f"shift_pad={self.shift_pad!r} is unknown")
         _check(self.shift_direction in ("both", "causal"), f"shift_direction={self.shift_direction!r} is unknown")
-        _check(-1 <= self.skip_input <= self.in_channels - self.out_channels,
-               f"skip_input={self.skip_input} does not fit in_channels={self.in_channels}")
+        _check(
+            -1 <= self.skip_input <= self.in_channels - self.out_channels,
+            f"skip_input={self.skip_input} does not fit in_channels={self.in_channels}",
+        )
         for level in self.levels:
-            _check(level.channels % self.num_groups == 0,
-                   f"channels={level.channels} is not a multiple of num_groups={self.num_groups}")
+            _check(
+                level.channels % self.num_groups == 0,
+                f"channels={level.channels} is not a multiple of num_groups={self.num_groups}",
+            )
             if level.temporal_attention or level.spatial_attention or level.cross_attention:
-                _check(level.channels % self.head_dim == 0,
-                       f"channels={level.channels} is not a multiple of head_dim={self.head_dim}")
+                _check(
+                    level.channels % self.head_dim == 0,
+                    f"channels={level.channels} is not a multiple of head_dim={self.head_dim}",
+                )
             _check(not level.cross_attention or self.text_dim > 0, "cross_attention needs text_dim > 0")
         _check(self.levels[-1].temporal_factor == 1, "the coarsest level cannot have a temporal_factor")
-        for name, size, factor in (("num_frames", self.num_frames, self.temporal_factor),
-                                   ("height", self.height, self.spatial_factor), ("width", self.width, self.spatial_factor)):
+        for name, size, factor in (
+            ("num_frames", self.num_frames, self.temporal_factor),
+            ("height", self.height, self.spatial_factor),
+            ("width", self.width, self.spatial_factor),
+        ):
             _check(size >= 1 and size % factor == 0, f"{name}={size} is not a positive multiple of {factor}")
 
     @property
@@ -174,9 +185,14 @@ class ScheduleConfig(_Json):
 
     def __post_init__(self):
         _check(self.name in SCHEDULES, f"schedule {self.name!r} is not one of {', '.join(SCHEDULES)}")
-        _check(self.prediction_type in PREDICTION_TYPES,
-               f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
-        _check(1 <= self.num_train_timesteps <= 100_000, f"num_train_timesteps={self.num_train_timesteps} is not in 1..100000")
+        _check(
+            self.prediction_type in PREDICTION_TYPES,
+            f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}",
+        )
+        _check(
+            1 <= self.num_train_timesteps <= 100_000,
+            f"num_train_timesteps={self.num_train_timesteps} is not in 1..100000",
+        )
 
 
 @dataclass(frozen=True)
@@ -187,10 +203,12 @@ class SamplerConfig(_Json):
     num_inference_steps: int = 30
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
-    threshold_percentile: float = 0.0   # 0: static clip to [-1, 1]; else per-frame dynamic thresholding
+    threshold_percentile: float = 0.0  # 0: static clip to [-1, 1]; else per-frame dynamic thresholding
 
     def __post_init__(self):
-        _check(1 <= self.num_inference_steps <= 1000, f"num_inference_steps={self.num_inference_steps} is not in 1..1000")
+        _check(
+            1 <= self.num_inference_steps <= 1000, f"num_inference_steps={self.num_inference_steps} is not in 1..1000"
+        )
 
 
 @dataclass(frozen=True)
@@ -229,21 +247,32 @@ class ModelConfig(_Json):
     def __post_init__(self):
         _check(1 <= self.fps <= 240, f"fps={self.fps} is not in 1..240")
         _check(1 <= self.text_tokens <= 512, f"text_tokens={self.text_tokens} is not in 1..512")
-        _check(0 <= self.window_overlap < self.window_frames,
-               f"window_overlap={self.window_overlap} is not in 0..{self.window_frames - 1}")
+        _check(
+            0 <= self.window_overlap < self.window_frames,
+            f"window_overlap={self.window_overlap} is not in 0..{self.window_frames - 1}",
+        )
         _check(0 <= self.augmentation <= 1, f"augmentation={self.augmentation} is not in 0..1")
 
 
-def _levels(widths, num_layers, *, factors=None, attention_depth=2, attention_levels=None, **kw) -> tuple[LevelConfig, ...]:
-    """Lumiere's arrangement: temporal convolution everywhere but at the coarsest level, attention over time only there."""
+def _levels(
+    widths, num_layers, *, factors=None, attention_depth=2, attention_levels=None, **kw
+) -> tuple[LevelConfig, ...]:
+    """Lumiere's arrangement: temporal convolution at all levels but the coarsest, attention over time only there."""
     last = len(widths) - 1
     factors = factors or [2] * last + [1]
     attention_levels = range(1, last + 1) if attention_levels is None else attention_levels
-    return tuple(LevelConfig(channels=c, num_layers=num_layers, temporal_conv=i < last, temporal_factor=factors[i],
-                             temporal_attention=attention_depth if i == last else 0,
-                             spatial_attention=i in attention_levels and kw.get("spatial", True),
-                             cross_attention=i in attention_levels and kw.get("text", True))
-                 for i, c in enumerate(widths))
+    return tuple(
+        LevelConfig(
+            channels=c,
+            num_layers=num_layers,
+            temporal_conv=i < last,
+            temporal_factor=factors[i],
+            temporal_attention=attention_depth if i == last else 0,
+            spatial_attention=i in attention_levels and kw.get("spatial", True),
+            cross_attention=i in attention_levels and kw.get("text", True),
+        )
+        for i, c in enumerate(widths)
+    )
 
 
 def stage_preset(name: str) -> StageConfig:
@@ -258,27 +287,95 @@ def stage_preset(name: str) -> StageConfig:
     ssr = dict(in_channels=6, noise_level=True, frame_embedding=False, skip_input=3, num_frames=8)
     presets = {
         "demo-base": lambda: StageConfig(
-            STUNetConfig(_levels((64, 128, 192), 1, attention_depth=2), patch_size=2, num_groups=4, head_dim=32, height=32, width=32),
-            ScheduleConfig("cosine", "sample", -4.0), SamplerConfig("dpmpp_2m", 30, 2.0)),
+            STUNetConfig(
+                _levels((64, 128, 192), 1, attention_depth=2),
+                patch_size=2,
+                num_groups=4,
+                head_dim=32,
+                height=32,
+                width=32,
+            ),
+            ScheduleConfig("cosine", "sample", -4.0),
+            SamplerConfig("dpmpp_2m", 30, 2.0),
+        ),
         "demo-ssr": lambda: StageConfig(
-            STUNetConfig(_levels((64, 96, 160), 1, factors=[1, 1, 1], attention_depth=1, attention_levels=(), spatial=False, text=False),
-                         patch_size=4, num_groups=4, head_dim=32, text_dim=0, height=128, width=128, **ssr),
-            ScheduleConfig("cosine", "sample", 0.0), SamplerConfig("dpmpp_2m", 8, 1.0)),
+            STUNetConfig(
+                _levels(
+                    (64, 96, 160),
+                    1,
+                    factors=[1, 1, 1],
+                    attention_depth=1,
+                    attention_levels=(),
+                    spatial=False,
+                    text=False,
+                ),
+                patch_size=4,
+                num_groups=4,
+                head_dim=32,
+                text_dim=0,
+                height=128,
+                width=128,
+                **ssr,
+            ),
+            ScheduleConfig("cosine", "sample", 0.0),
+            SamplerConfig("dpmpp_2m", 8, 1.0),
+        ),
         "stunet-b": lambda: StageConfig(STUNetConfig(_levels((128, 256, 512, 512), 2), text_dim=768), cosine, guided),
         "ssr-b": lambda: StageConfig(
-            STUNetConfig(_levels((128, 256, 512, 512), 2, factors=[1] * 4, attention_depth=1, attention_levels=()), patch_size=4,
-                         text_dim=0, height=512, width=512, **ssr), cosine, upscale),
-        "stunet-l": lambda: StageConfig(STUNetConfig(_levels((320, 640, 960, 1280), 3, attention_depth=4), text_dim=4096), cosine, guided),
+            STUNetConfig(
+                _levels((128, 256, 512, 512), 2, factors=[1] * 4, attention_depth=1, attention_levels=()),
+                patch_size=4,
+                text_dim=0,
+                height=512,
+                width=512,
+                **ssr,
+            ),
+            cosine,
+            upscale,
+        ),
+        "stunet-l": lambda: StageConfig(
+            STUNetConfig(_levels((320, 640, 960, 1280), 3, attention_depth=4), text_dim=4096), cosine, guided
+        ),
         "ssr-l": lambda: StageConfig(
-            STUNetConfig(_levels((192, 384, 768, 768), 2, factors=[1] * 4, attention_depth=1, attention_levels=()), patch_size=4,
-                         text_dim=0, height=1024, width=1024, **ssr), cosine, upscale),
+            STUNetConfig(
+                _levels((192, 384, 768, 768), 2, factors=[1] * 4, attention_depth=1, attention_levels=()),
+                patch_size=4,
+                text_dim=0,
+                height=1024,
+                width=1024,
+                **ssr,
+            ),
+            cosine,
+            upscale,
+        ),
         "tiny-base": lambda: StageConfig(
-            STUNetConfig(_levels((16, 32), 1, attention_depth=1), patch_size=2, num_groups=4, head_dim=16, text_dim=32,
-                         num_frames=8, height=16, width=16), ScheduleConfig("cosine", "sample"), SamplerConfig("dpmpp_2m", 4, 2.0)),
+            STUNetConfig(
+                _levels((16, 32), 1, attention_depth=1),
+                patch_size=2,
+                num_groups=4,
+                head_dim=16,
+                text_dim=32,
+                num_frames=8,
+                height=16,
+                width=16,
+            ),
+            ScheduleConfig("cosine", "sample"),
+            SamplerConfig("dpmpp_2m", 4, 2.0),
+        ),
         "tiny-ssr": lambda: StageConfig(
-            STUNetConfig(_levels((16, 32), 1, factors=[1, 1], attention_depth=1, attention_levels=(), text=False), patch_size=4,
-                         num_groups=4, head_dim=16, text_dim=0, height=32, width=32, **{**ssr, "num_frames": 4}),
-            ScheduleConfig("cosine", "sample"), SamplerConfig("dpmpp_2m", 2, 1.0)),
+            STUNetConfig(
+                _levels((16, 32), 1, factors=[1, 1], attention_depth=1, attention_levels=(), text=False),
+                patch_size=4,
+                num_groups=4,
+                head_dim=16,
+                text_dim=0,
+                height=32,
+                width=32,
+                **{**ssr, "num_frames": 4},
+            ),
+            ScheduleConfig("cosine", "sample"),
+            SamplerConfig("dpmpp_2m", 2, 1.0),
+        ),
     }
     _check(name in presets, f"preset {name!r} is not one of {', '.join(presets)}")
     return presets[name]()
@@ -292,10 +389,21 @@ def model_preset(name: str) -> ModelConfig:
     """
     models = {
         "demo": lambda: ModelConfig("demo", stage_preset("demo-base"), stage_preset("demo-ssr"), augmentation=0.1),
-        "stunet-b": lambda: ModelConfig("stunet-b", stage_preset("stunet-b"), stage_preset("ssr-b"), text_encoder="clip:", text_tokens=77),
-        "stunet-l": lambda: ModelConfig("stunet-l", stage_preset("stunet-l"), stage_preset("ssr-l"), text_encoder="t5:", text_tokens=77),
-        "tiny": lambda: ModelConfig("tiny", stage_preset("tiny-base"), stage_preset("tiny-ssr"), text_encoder="hash", text_tokens=8,
-                                    window_frames=4, window_overlap=1),
+        "stunet-b": lambda: ModelConfig(
+            "stunet-b", stage_preset("stunet-b"), stage_preset("ssr-b"), text_encoder="clip:", text_tokens=77
+        ),
+        "stunet-l": lambda: ModelConfig(
+            "stunet-l", stage_preset("stunet-l"), stage_preset("ssr-l"), text_encoder="t5:", text_tokens=77
+        ),
+        "tiny": lambda: ModelConfig(
+            "tiny",
+            stage_preset("tiny-base"),
+            stage_preset("tiny-ssr"),
+            text_encoder="hash",
+            text_tokens=8,
+            window_frames=4,
+            window_overlap=1,
+        ),
     }
     _check(name in models, f"model {name!r} is not one of {', '.join(models)}")
     return models[name]()

@@ -16,27 +16,48 @@ import torch.nn.functional as F
 
 CLIP_FRAMES = 80
 
-PALETTE = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 80, 230), "yellow": (250, 210, 40),
-           "purple": (140, 50, 190), "orange": (250, 130, 20), "white": (245, 245, 245), "black": (20, 20, 25)}
+PALETTE = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 60),
+    "blue": (40, 80, 230),
+    "yellow": (250, 210, 40),
+    "purple": (140, 50, 190),
+    "orange": (250, 130, 20),
+    "white": (245, 245, 245),
+    "black": (20, 20, 25),
+}
 SHAPES = ("circle", "square", "triangle", "ring", "diamond")
 SHAPE_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
-SPRITES = {"dog_face": ("a dog", "a puppy"), "cat_face": ("a cat", "a kitten"), "frog": ("a frog", "a green frog"),
-           "tropical_fish": ("a fish", "a tropical fish"), "car": ("a car", "a red car"), "rocket": ("a rocket", "a space rocket"),
-           "robot": ("a robot", "a small robot"), "red_heart": ("a heart", "a red heart")}
-MOTIONS = {"right": ("moves right", "moving to the right", "goes from left to right"),
-           "left": ("moves left", "moving to the left", "goes from right to left"),
-           "up": ("moves up", "rising", "goes upwards"),
-           "down": ("moves down", "falling", "goes downwards"),
-           "grow": ("grows", "growing", "gets bigger"),
-           "shrink": ("shrinks", "shrinking", "gets smaller"),
-           "still": ("stays still", "standing still", "does not move"),
-           "bounce": ("bounces", "bouncing up and down", "jumps up and down")}
-BACKGROUNDS = {"white": ("on a white background", "against a plain white background"),
-               "black": ("on a black background", "against a plain black background"),
-               "blue": ("on a blue background", "against a plain blue background"),
-               "yellow": ("on a yellow background", "against a plain yellow background"),
-               "grass": ("over grass", "in a green meadow"), "sunset": ("at sunset", "in front of a sunset"),
-               "desert": ("in the desert", "over sand dunes"), "night": ("at night", "under a night sky with stars")}
+SPRITES = {
+    "dog_face": ("a dog", "a puppy"),
+    "cat_face": ("a cat", "a kitten"),
+    "frog": ("a frog", "a green frog"),
+    "tropical_fish": ("a fish", "a tropical fish"),
+    "car": ("a car", "a red car"),
+    "rocket": ("a rocket", "a space rocket"),
+    "robot": ("a robot", "a small robot"),
+    "red_heart": ("a heart", "a red heart"),
+}
+MOTIONS = {
+    "right": ("moves right", "moving to the right", "goes from left to right"),
+    "left": ("moves left", "moving to the left", "goes from right to left"),
+    "up": ("moves up", "rising", "goes upwards"),
+    "down": ("moves down", "falling", "goes downwards"),
+    "grow": ("grows", "growing", "gets bigger"),
+    "shrink": ("shrinks", "shrinking", "gets smaller"),
+    "still": ("stays still", "standing still", "does not move"),
+    "bounce": ("bounces", "bouncing up and down", "jumps up and down"),
+}
+BACKGROUNDS = {
+    "white": ("on a white background", "against a plain white background"),
+    "black": ("on a black background", "against a plain black background"),
+    "blue": ("on a blue background", "against a plain blue background"),
+    "yellow": ("on a yellow background", "against a plain yellow background"),
+    "grass": ("over grass", "in a green meadow"),
+    "sunset": ("at sunset", "in front of a sunset"),
+    "desert": ("in the desert", "over sand dunes"),
+    "night": ("at night", "under a night sky with stars"),
+}
 
 OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in SHAPE_COLOURS) + tuple(SPRITES)
 
@@ -68,9 +89,9 @@ def caption(triple: tuple[str, str, str], rng: np.random.Generator | None = None
 @dataclass(frozen=True)
 class Scene:
     triple: tuple[str, str, str]
-    start: tuple[float, float]      # centre at the first frame, 0..1, x to the right, y down
+    start: tuple[float, float]  # centre at the first frame, 0..1, x to the right, y down
     end: tuple[float, float]
-    size: tuple[float, float]       # half extent at the first and at the last frame
+    size: tuple[float, float]  # half extent at the first and at the last frame
     bounces: int = 0
 
 
@@ -104,7 +125,7 @@ class Renderer:
         self.mips = {}
         for name in SPRITES:
             rgba = torch.from_numpy(data[name]).float().permute(2, 0, 1) / 255
-            rgba = torch.cat([rgba[:3] * rgba[3:], rgba[3:]])          # premultiplied
+            rgba = torch.cat([rgba[:3] * rgba[3:], rgba[3:]])  # premultiplied
             self.mips[name] = [rgba[None]] + [F.avg_pool2d(rgba[None], f) for f in (2, 4, 8, 16)]
 
     def render(self, scene: Scene, size: int, times: torch.Tensor) -> torch.Tensor:
@@ -114,10 +135,10 @@ class Renderer:
         path = (torch.pi * scene.bounces * u).sin().abs() if scene.bounces else u
         cx, cy, half = x0 + (x1 - x0) * path, y0 + (y1 - y0) * path, s0 + (s1 - s0) * u
         axis = (torch.arange(size) + 0.5) / size
-        px = (axis[None, None, :] - cx[:, None, None]) / half[:, None, None]        # [T, 1, W]
-        py = (axis[None, :, None] - cy[:, None, None]) / half[:, None, None]        # [T, H, 1]
+        px = (axis[None, None, :] - cx[:, None, None]) / half[:, None, None]  # [T, 1, W]
+        py = (axis[None, :, None] - cy[:, None, None]) / half[:, None, None]  # [T, H, 1]
         rgb, alpha = self._object(scene.triple[0], px, py, half, size)
-        frame = background(scene.triple[2], size, times)                            # [T or 1, H, W, 3]
+        frame = background(scene.triple[2], size, times)  # [T or 1, H, W, 3]
         return (rgb + frame * (1 - alpha)) * 2 - 1
 
     def _object(self, name: str, px: torch.Tensor, py: torch.Tensor, half: torch.Tensor, size: int):
@@ -127,7 +148,9 @@ class Renderer:
             extent = 2 * float(half.max()) * size
             level = int(np.clip(np.round(np.log2(128 / extent)), 0, 4))
             grid = torch.stack([px.expand(frames, size, size), py.expand(frames, size, size)], -1)
-            out = F.grid_sample(self.mips[name][level].expand(frames, -1, -1, -1), grid, mode="bilinear", align_corners=False)
+            out = F.grid_sample(
+                self.mips[name][level].expand(frames, -1, -1, -1), grid, mode="bilinear", align_corners=False
+            )
             out = out.permute(0, 2, 3, 1)
             return out[..., :3], out[..., 3:]
         colour, shape = name.split(" ")
@@ -139,9 +162,9 @@ class Renderer:
         elif shape == "square":
             distance = torch.maximum(ax, ay) - 0.84
         elif shape == "diamond":
-            distance = (ax + ay - 1.0) / 2 ** 0.5
+            distance = (ax + ay - 1.0) / 2**0.5
         else:
-            distance = torch.maximum(py - 0.8, (2 * ax - py - 1.0) / 5 ** 0.5)
+            distance = torch.maximum(py - 0.8, (2 * ax - py - 1.0) / 5**0.5)
         alpha = (0.5 - distance * half[:, None, None] * size).clamp(0, 1)[..., None]
         return alpha * torch.tensor(PALETTE[colour]) / 255, alpha
 
@@ -157,26 +180,33 @@ def background(name: str, size: int, times: torch.Tensor) -> torch.Tensor:
     def blend(a, b, w):
         return a * (1 - w) + b * w
 
-    def soft(distance):          # 1 where distance > 0, one pixel wide edge
+    def soft(distance):  # 1 where distance > 0, one pixel wide edge
         return (distance * size + 0.5).clamp(0, 1)
 
     if name in PALETTE:
         return rgb(*PALETTE[name]).expand(1, size, size, 3)
     if name == "grass":
-        sky, meadow = blend(rgb(90, 170, 250), rgb(190, 225, 250), y / 0.55), blend(rgb(110, 190, 80), rgb(40, 130, 40), (y - 0.55) / 0.45)
+        sky, meadow = (
+            blend(rgb(90, 170, 250), rgb(190, 225, 250), y / 0.55),
+            blend(rgb(110, 190, 80), rgb(40, 130, 40), (y - 0.55) / 0.45),
+        )
         frame = blend(sky, meadow, soft(y - 0.55))
     elif name == "sunset":
         frame = blend(rgb(70, 45, 120), rgb(250, 120, 90), (y / 0.7).clamp(0, 1)) + 0 * x
         frame = blend(frame, rgb(60, 30, 60), soft(y - 0.8))
     elif name == "desert":
         dune = 0.62 + 0.07 * (x * 7).sin()
-        frame = blend(blend(rgb(130, 200, 240), rgb(245, 235, 210), y / 0.6), blend(rgb(235, 195, 120), rgb(205, 150, 85), (y - 0.6) / 0.4), soft(y - dune))
+        frame = blend(
+            blend(rgb(130, 200, 240), rgb(245, 235, 210), y / 0.6),
+            blend(rgb(235, 195, 120), rgb(205, 150, 85), (y - 0.6) / 0.4),
+            soft(y - dune),
+        )
     else:
         frame = blend(rgb(8, 10, 40), rgb(25, 30, 80), y) + 0 * x
         stars = np.random.default_rng(5).uniform(0, 1, (14, 3))
         frame = frame.expand(size, size, 3)[None]
         for sx, sy, phase in stars:
-            glow = torch.exp(-((x - sx) ** 2 + (y - sy) ** 2) / (2 * 0.016 ** 2))[None]
+            glow = torch.exp(-((x - sx) ** 2 + (y - sy) ** 2) / (2 * 0.016**2))[None]
             twinkle = 0.6 + 0.4 * torch.sin(2 * torch.pi * (times.float() / 40 + phase))[:, None, None, None]
             frame = frame + glow * twinkle * rgb(230, 230, 200)
         return frame.clamp(0, 1)

@@ -1,6 +1,6 @@
 """Put the trained networks into a model folder: bf16 safetensors and config.json.
 
-    python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
+python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--ssr", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    save_checkpoint(args.output, model_preset("demo"), newest("base", args.base), newest("ssr", args.ssr), dtype=torch.bfloat16)
+    save_checkpoint(
+        args.output, model_preset("demo"), newest("base", args.base), newest("ssr", args.ssr), dtype=torch.bfloat16
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python examples/train_demo/train.py ssr --out runs/ssr        # about 40
     python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
 
-The base sees clips at a low frame rate first (8 frames spread over the five seconds), where motion from frame to frame is
-large and a clip is cheap, then 20 and at last all 80. Frame times are absolute, so what is learned at one rate holds at
-the next. Each stage saves its weights every minute; the same command goes on from there.
+The base sees clips at a low frame rate first (8 frames spread over the five seconds), where motion from frame to frame
+is large and a clip is cheap, then 20 and at last all 80. Frame times are absolute, so what is learned at one rate
+holds at the next. Each stage saves its weights every minute; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import CLIP_FRAMES, Renderer, caption, is_held_out, sample_scene, triples
+from pylumiere.schedules import make_schedule
 from safetensors.torch import load_file, save_file
 
 from pylumiere.config import stage_preset
 from pylumiere.model import STUNet, image_config
-from pylumiere.schedules import make_schedule
 from pylumiere.text import load_text_encoder
 
 TEXT_TOKENS = 24
@@ -35,17 +35,25 @@ TEXT_TOKENS = 24
 class Stage:
     name: str
     minutes: float
-    frames: int          # of the network's input
-    stride: int          # between them, in frames of the 80-frame clip
+    frames: int  # of the network's input
+    stride: int  # between them, in frames of the 80-frame clip
     batch: int
     lr: float
-    crop: int = 0        # SSR: side of a random crop; 0 for the whole frame
+    crop: int = 0  # SSR: side of a random crop; 0 for the whole frame
 
 
 STAGES = {
-    "base": [Stage("image", 10, 1, 1, 48, 1e-3), Stage("video8", 25, 8, 10, 12, 8e-4), Stage("video20", 15, 20, 4, 6, 6e-4),
-             Stage("video80", 15, 80, 1, 2, 3e-4)],
-    "ssr": [Stage("image", 12, 1, 1, 16, 5e-4, crop=64), Stage("video4", 14, 4, 1, 6, 5e-4, crop=64), Stage("video8", 14, 8, 1, 1, 2.5e-4)],
+    "base": [
+        Stage("image", 10, 1, 1, 48, 1e-3),
+        Stage("video8", 25, 8, 10, 12, 8e-4),
+        Stage("video20", 15, 20, 4, 6, 6e-4),
+        Stage("video80", 15, 80, 1, 2, 3e-4),
+    ],
+    "ssr": [
+        Stage("image", 12, 1, 1, 16, 5e-4, crop=64),
+        Stage("video4", 14, 4, 1, 6, 5e-4, crop=64),
+        Stage("video8", 14, 8, 1, 1, 2.5e-4),
+    ],
 }
 
 
@@ -54,10 +62,13 @@ class Captions:
 
     def __init__(self, count: int, rng: np.random.Generator):
         every = [t for t in triples() if not is_held_out(t)]
-        self.triples = [every[i] for i in np.concatenate([rng.permutation(len(every)) for _ in range(count // len(every) + 1)])[:count]]
+        self.triples = [
+            every[i]
+            for i in np.concatenate([rng.permutation(len(every)) for _ in range(count // len(every) + 1)])[:count]
+        ]
         encoder = load_text_encoder("minilm", max_length=TEXT_TOKENS)
         texts = [caption(t, rng) for t in self.triples] + [""]
-        parts = [encoder.encode(texts[i:i + 64]) for i in range(0, len(texts), 64)]
+        parts = [encoder.encode(texts[i : i + 64]) for i in range(0, len(texts), 64)]
         self.embeddings = torch.cat([e.to(torch.bfloat16) for e, _ in parts])
         self.masks = torch.cat([m for _, m in parts])
 
@@ -77,7 +88,9 @@ class ClipBatches:
         first = int(rng.integers(CLIP_FRAMES)) if stage.frames == 1 else int(rng.integers(stage.stride))
         clips = []
         for row in rows:
-            times = torch.arange(stage.frames) * stage.stride + (int(rng.integers(CLIP_FRAMES)) if stage.frames == 1 else first)
+            times = torch.arange(stage.frames) * stage.stride + (
+                int(rng.integers(CLIP_FRAMES)) if stage.frames == 1 else first
+            )
             clips.append(self.renderer.render(sample_scene(self.captions.triples[row], rng), 32, times))
         clean = torch.stack(clips)
         mask = torch.stack([self._mask(stage.frames, clean.shape[2]) for _ in rows])
@@ -97,7 +110,7 @@ class ClipBatches:
             top, left = rng.integers(0, size // 2, 2)
             height, width = rng.integers(size // 4, size, 2)
             mask[:] = 1
-            mask[:, top:top + height, left:left + width] = 0
+            mask[:, top : top + height, left : left + width] = 0
             if rng.random() < 0.3:
                 mask[0] = 1
         return mask
@@ -110,8 +123,8 @@ class ClipBatches:
             high, small = self.renderer.render(scene, 128, times), self.renderer.render(scene, 32, times)
             if stage.crop:
                 top, left = (4 * int(v) for v in rng.integers(0, (128 - stage.crop) // 4 + 1, 2))
-                high = high[:, top:top + stage.crop, left:left + stage.crop]
-                small = small[:, top // 4:(top + stage.crop) // 4, left // 4:(left + stage.crop) // 4]
+                high = high[:, top : top + stage.crop, left : left + stage.crop]
+                small = small[:, top // 4 : (top + stage.crop) // 4, left // 4 : (left + stage.crop) // 4]
             clean.append(high)
             low.append(small)
         return torch.stack(clean), torch.stack(low)
@@ -120,11 +133,18 @@ class ClipBatches:
 def upsample(low: torch.Tensor, factor: int) -> torch.Tensor:
     """Bilinear upsampling of [B, T, H, W, C]."""
     frames = low.flatten(0, 1).permute(0, 3, 1, 2)
-    return F.interpolate(frames, scale_factor=factor, mode="bilinear", align_corners=False).permute(0, 2, 3, 1).unflatten(0, low.shape[:2])
+    return (
+        F.interpolate(frames, scale_factor=factor, mode="bilinear", align_corners=False)
+        .permute(0, 2, 3, 1)
+        .unflatten(0, low.shape[:2])
+    )
 
 
 def degrade(low: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the base network does to a clip, roughly: noise of a known level, and often some blur. Returns the clip and the levels [B]."""
+    """What the base network does to a clip, roughly: noise of a known level, and often some blur.
+
+    Returns the clip and the levels [B].
+    """
     level = torch.from_numpy(rng.uniform(0, 0.3, low.shape[0]).astype(np.float32))
     if rng.random() < 0.5:
         frames = low.flatten(0, 1).permute(0, 3, 1, 2)
@@ -137,11 +157,16 @@ def degrade(low: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, 
 def sample_timesteps(batch: int, steps: int, rng: np.random.Generator) -> torch.Tensor:
     """Half of the draws uniform, half in the noisiest quarter, where layout and motion are decided."""
     u = rng.random(batch)
-    return torch.from_numpy(((np.where(rng.random(batch) < 0.5, u, 0.75 + 0.25 * u)) * steps).astype(np.int64)).clamp(max=steps - 1)
+    return torch.from_numpy(((np.where(rng.random(batch) < 0.5, u, 0.75 + 0.25 * u)) * steps).astype(np.int64)).clamp(
+        max=steps - 1
+    )
 
 
 def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, out: Path, minutes_scale: float) -> None:
-    schedule = make_schedule(stage_preset(f"demo-{network}").schedule.name, logsnr_shift=stage_preset(f"demo-{network}").schedule.logsnr_shift)
+    schedule = make_schedule(
+        stage_preset(f"demo-{network}").schedule.name,
+        logsnr_shift=stage_preset(f"demo-{network}").schedule.logsnr_shift,
+    )
     alphas, sigmas = (torch.from_numpy(v).float() for v in (schedule.alphas, schedule.sigmas))
     state_file, weight_file = out / f"{stage.name}.json", out / f"{stage.name}.safetensors"
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -156,14 +181,23 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
     temporal = [p for n, p in model.named_parameters() if model.is_temporal(n)]
     spatial = [p for n, p in model.named_parameters() if not model.is_temporal(n)]
     factor = 0.4 if temporal else 1.0
-    optimizer = torch.optim.AdamW([{"params": spatial, "scale": factor}, {"params": temporal, "scale": 1.0}], lr=stage.lr, weight_decay=0.01,
-                                  betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        [{"params": spatial, "scale": factor}, {"params": temporal, "scale": 1.0}],
+        lr=stage.lr,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+    )
     begun, last_save, first_step, losses = time.monotonic() - spent, time.monotonic(), step, []
 
     def save() -> None:
-        save_file({**{f"raw.{k}": v for k, v in model.state_dict().items()}, **{f"ema.{k}": v for k, v in ema.items()}}, out / "tmp.safetensors")
+        save_file(
+            {**{f"raw.{k}": v for k, v in model.state_dict().items()}, **{f"ema.{k}": v for k, v in ema.items()}},
+            out / "tmp.safetensors",
+        )
         (out / "tmp.safetensors").replace(weight_file)
-        state_file.write_text(json.dumps({"step": step, "seconds": time.monotonic() - begun, "done": time.monotonic() - begun >= budget}))
+        state_file.write_text(
+            json.dumps({"step": step, "seconds": time.monotonic() - begun, "done": time.monotonic() - begun >= budget})
+        )
 
     while time.monotonic() - begun < budget:
         progress = (time.monotonic() - begun) / budget
@@ -176,7 +210,10 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
         if network == "base":
             clean, mask, text, text_mask, first = batches.base(stage)
             noisy = a * clean + s * torch.randn_like(clean)
-            inputs, given = torch.cat([noisy, clean * mask, mask], -1), dict(text=text, text_mask=text_mask, first_frame=first, frame_stride=stage.stride)
+            inputs, given = (
+                torch.cat([noisy, clean * mask, mask], -1),
+                dict(text=text, text_mask=text_mask, first_frame=first, frame_stride=stage.stride),
+            )
         else:
             clean, low = batches.ssr(stage)
             low, level = degrade(low, batches.rng)
@@ -197,7 +234,8 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
             current = model.state_dict()
             torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - momentum)
         if step % 100 == 0:
-            print(f"{network} {stage.name} step {step} {time.monotonic() - begun:.0f}/{budget:.0f} s loss {np.mean(losses[-100:]):.4f}", flush=True)
+            spent = f"{time.monotonic() - begun:.0f}/{budget:.0f} s"
+            print(f"{network} {stage.name} step {step} {spent} loss {np.mean(losses[-100:]):.4f}", flush=True)
         if time.monotonic() - last_save > 60:
             save()
             last_save = time.monotonic()
@@ -208,7 +246,9 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=STAGES)
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights and progress; the run resumes from it")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for weights and progress; the run resumes from it"
+    )
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="factor on the length of every stage")
     parser.add_argument("--captions", type=int, default=10000, help="size of the caption bank")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")

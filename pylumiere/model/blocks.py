@@ -60,7 +60,7 @@ class Conv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         bound = 1 / math.sqrt(in_channels * kernel * kernel)
-        nn.init.zeros_(self.weight) if zero else nn.init.uniform_(self.weight, -bound * 3 ** 0.5, bound * 3 ** 0.5)
+        nn.init.zeros_(self.weight) if zero else nn.init.uniform_(self.weight, -bound * 3**0.5, bound * 3**0.5)
 
 
 class TemporalConv(nn.Module):
@@ -70,7 +70,7 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        bound = (1 / (in_channels * 3)) ** 0.5 * 3 ** 0.5
+        bound = (1 / (in_channels * 3)) ** 0.5 * 3**0.5
         nn.init.dirac_(self.weight) if identity else nn.init.uniform_(self.weight, -bound, bound)
 
 
@@ -82,7 +82,7 @@ def _zero_linear(inp: int, out: int) -> nn.Linear:
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, [temporal shift], conv, norm with scale and shift from the conditioning, SiLU, conv, plus the input."""
+    """norm, SiLU, [temporal shift], conv, norm with scale and shift of the conditioning, SiLU, conv; plus the input."""
 
     def __init__(self, in_channels: int, channels: int, emb_dim: int, num_groups: int, shift: Shift | None = None):
         super().__init__()
@@ -95,20 +95,43 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         scale, shift = self.modulation(ctx.emb).chunk(2, -1)
         skip = x if self.shortcut is None else ctx.ops.linear(x, self.shortcut.weight, self.shortcut.bias)
-        h = ctx.ops.spatial_conv(x, self.conv1.weight, self.conv1.bias, norm=self.norm1.spec, silu=True, temporal_shift=self.temporal_shift)
-        return ctx.ops.spatial_conv(h, self.conv2.weight, self.conv2.bias, norm=self.norm2.spec, scale=scale, shift=shift, silu=True,
-                                    residual=skip)
+        h = ctx.ops.spatial_conv(
+            x, self.conv1.weight, self.conv1.bias, norm=self.norm1.spec, silu=True, temporal_shift=self.temporal_shift
+        )
+        return ctx.ops.spatial_conv(
+            h,
+            self.conv2.weight,
+            self.conv2.bias,
+            norm=self.norm2.spec,
+            scale=scale,
+            shift=shift,
+            silu=True,
+            residual=skip,
+        )
 
 
 class SpatialTransformer(nn.Module):
     """Within each frame: self-attention, attention to the text, feed-forward. Positions are 2-D sinusoids in -1..1."""
 
-    def __init__(self, channels: int, emb_dim: int, num_groups: int, head_dim: int, text_dim: int, self_attention: bool, cross_attention: bool):
+    def __init__(
+        self,
+        channels: int,
+        emb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        text_dim: int,
+        self_attention: bool,
+        cross_attention: bool,
+    ):
         super().__init__()
         self.num_heads = channels // head_dim
         self.position = nn.Linear(32, channels)
         if self_attention:
-            self.norm1, self.qkv, self.out1 = GroupNorm(channels, num_groups), nn.Linear(channels, 3 * channels), _zero_linear(channels, channels)
+            self.norm1, self.qkv, self.out1 = (
+                GroupNorm(channels, num_groups),
+                nn.Linear(channels, 3 * channels),
+                _zero_linear(channels, channels),
+            )
         if cross_attention:
             self.norm2, self.query = GroupNorm(channels, num_groups), nn.Linear(channels, channels)
             self.key_value, self.out2 = nn.Linear(text_dim, 2 * channels), _zero_linear(channels, channels)
@@ -120,6 +143,7 @@ class SpatialTransformer(nn.Module):
         def axis(size: int) -> Tensor:
             points = (torch.arange(size, device=x.device, dtype=torch.float32) * 2 + 1 - size) / size
             return sinusoid(points * 8, 16, 64.0)
+
         height, width = x.shape[2:4]
         rows, columns = axis(height)[:, None].expand(height, width, 16), axis(width)[None].expand(height, width, 16)
         return torch.cat([rows, columns], -1).to(x.dtype)
@@ -128,7 +152,9 @@ class SpatialTransformer(nn.Module):
         batch, frames, height, width, channels = x.shape
         x = x + self.position(self._positions(x))
         if self.has_self:
-            qkv = ctx.ops.linear(x, self.qkv.weight, self.qkv.bias, norm=self.norm1.spec).view(batch * frames, height * width, 3 * channels)
+            qkv = ctx.ops.linear(x, self.qkv.weight, self.qkv.bias, norm=self.norm1.spec).view(
+                batch * frames, height * width, 3 * channels
+            )
             h = ctx.ops.attention(*qkv.chunk(3, -1), self.num_heads).view(x.shape)
             x = ctx.ops.linear(h, self.out1.weight, self.out1.bias, residual=x)
         if self.has_cross:
@@ -154,12 +180,14 @@ class ConvolutionInflationBlock(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         scale, shift = self.modulation(ctx.emb).chunk(2, -1)
         h = ctx.ops.spatial_conv(x, self.spatial.weight, self.spatial.bias, norm=self.norm1.spec, silu=True)
-        h = ctx.ops.temporal_conv(h, self.temporal.weight, self.temporal.bias, norm=self.norm2.spec, scale=scale, shift=shift, silu=True)
+        h = ctx.ops.temporal_conv(
+            h, self.temporal.weight, self.temporal.bias, norm=self.norm2.spec, scale=scale, shift=shift, silu=True
+        )
         return ctx.ops.linear(h, self.proj.weight, self.proj.bias, residual=x)
 
 
 class AttentionInflationBlock(nn.Module):
-    """`depth` blocks of attention over frames with absolute frame times, a projection that starts at zero, plus the input."""
+    """`depth` blocks of attention over frames at absolute times, a projection that starts at zero, plus the input."""
 
     def __init__(self, channels: int, emb_dim: int, num_groups: int, head_dim: int, depth: int):
         super().__init__()
@@ -167,14 +195,18 @@ class AttentionInflationBlock(nn.Module):
         self.position = nn.Linear(64, channels)
         for i in range(depth):
             layer = nn.Module()
-            layer.norm1, layer.qkv, layer.out = GroupNorm(channels, num_groups), nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+            layer.norm1, layer.qkv, layer.out = (
+                GroupNorm(channels, num_groups),
+                nn.Linear(channels, 3 * channels),
+                nn.Linear(channels, channels),
+            )
             layer.norm2, layer.modulation = GroupNorm(channels, num_groups), _zero_linear(emb_dim, 2 * channels)
             layer.up, layer.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
             self.add_module(str(i), layer)
         self.proj = _zero_linear(channels, channels)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        positions = self.position(sinusoid(ctx.frame_times, 64, 400.0).to(x.dtype))           # [T, C]
+        positions = self.position(sinusoid(ctx.frame_times, 64, 400.0).to(x.dtype))  # [T, C]
         h = x + positions[:, None, None]
         for i in range(self.depth):
             layer = getattr(self, str(i))
@@ -241,9 +273,21 @@ def depth_to_space(x: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return x
     b, t, h, w, c = x.shape
-    x = x.reshape(b, t, h, w, factor, factor, c // factor ** 2)
-    return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h * factor, w * factor, c // factor ** 2)
+    x = x.reshape(b, t, h, w, factor, factor, c // factor**2)
+    return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h * factor, w * factor, c // factor**2)
 
 
-__all__ = ["AttentionInflationBlock", "Context", "ConvolutionInflationBlock", "ResnetBlock", "SpatialDownsample",
-           "SpatialTransformer", "SpatialUpsample", "TemporalDownsample", "TemporalUpsample", "depth_to_space", "sinusoid", "space_to_depth"]
+__all__ = [
+    "AttentionInflationBlock",
+    "Context",
+    "ConvolutionInflationBlock",
+    "ResnetBlock",
+    "SpatialDownsample",
+    "SpatialTransformer",
+    "SpatialUpsample",
+    "TemporalDownsample",
+    "TemporalUpsample",
+    "depth_to_space",
+    "sinusoid",
+    "space_to_depth",
+]

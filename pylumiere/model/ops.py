@@ -16,8 +16,8 @@ from torch import Tensor
 class Norm(NamedTuple):
     """GroupNorm per frame: statistics over H, W and the group's channels of one frame."""
 
-    weight: Tensor    # [C]
-    bias: Tensor      # [C]
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
     num_groups: int
     eps: float
 
@@ -27,8 +27,8 @@ class Shift(NamedTuple):
     fold takes the previous frame). The ends see zeros, the other end of the clip, or the end frame again."""
 
     div: int = 8
-    direction: str = "both"    # both | causal
-    pad: str = "zero"          # zero | circular | replicate
+    direction: str = "both"  # both | causal
+    pad: str = "zero"  # zero | circular | replicate
 
 
 def shift_frames(x: Tensor, shift: Shift) -> Tensor:
@@ -46,7 +46,7 @@ def shift_frames(x: Tensor, shift: Shift) -> Tensor:
 
     if shift.direction == "causal":
         return torch.cat([moved(x[..., :fold], 1), x[..., fold:]], -1)
-    return torch.cat([moved(x[..., :fold], -1), moved(x[..., fold:2 * fold], 1), x[..., 2 * fold:]], -1)
+    return torch.cat([moved(x[..., :fold], -1), moved(x[..., fold : 2 * fold], 1), x[..., 2 * fold :]], -1)
 
 
 def _frames(x: Tensor) -> Tensor:
@@ -69,9 +69,21 @@ class PlainOps:
             x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
         return F.silu(x) if silu else x
 
-    def spatial_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
-                     shift: Tensor | None = None, silu: bool = False, temporal_shift: Shift | None = None, stride: int = 1,
-                     upsample: bool = False, residual: Tensor | None = None) -> Tensor:
+    def spatial_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        temporal_shift: Shift | None = None,
+        stride: int = 1,
+        upsample: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """A k x k convolution within each frame, weight [O, C, k, k], zero padding k // 2.
 
         norm, scale, shift, silu and the temporal shift come before it, nearest upsampling by 2 with `upsample`;
@@ -87,30 +99,51 @@ class PlainOps:
         y = v.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
         return y if residual is None else y + residual
 
-    def temporal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
-                      shift: Tensor | None = None, silu: bool = False, stride: int = 1, upsample: int = 1,
-                      residual: Tensor | None = None) -> Tensor:
+    def temporal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        stride: int = 1,
+        upsample: int = 1,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """A convolution over frames, weight [O, C, 3], zero ends, optional stride or frame duplication before it."""
         y = self.activate(x, norm, scale, shift, silu)
         if upsample > 1:
             y = y.repeat_interleave(upsample, 1)
         height, width = y.shape[2:4]
-        v = y.flatten(2, 3).permute(0, 3, 1, 2)                      # [B, C, T, S]
+        v = y.flatten(2, 3).permute(0, 3, 1, 2)  # [B, C, T, S]
         v = F.conv2d(v, weight.unsqueeze(-1), bias, stride=(stride, 1), padding=(1, 0))
         y = v.permute(0, 2, 3, 1).unflatten(2, (height, width))
         return y if residual is None else y + residual
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, scale: Tensor | None = None,
-               shift: Tensor | None = None, silu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """A linear layer on the channels of [B, T, H, W, C], with the same prologue and epilogue."""
         y = F.linear(self.activate(x, norm, scale, shift, silu), weight, bias)
         return y if residual is None else y + residual
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v. q [N, Sq, C], k and v [N, Sk, C]; mask [N, Sk] is True where a key may be seen."""
+        """softmax(q k^T / sqrt(D)) v. q [N, Sq, C], k and v [N, Sk, C]; mask [N, Sk] is True where keys are seen."""
         q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         keep = None if mask is None else mask[:, None, None, :]
-        if torch.is_grad_enabled():      # the CPU's fused attention has a slow backward for small heads
+        if torch.is_grad_enabled():  # the CPU's fused attention has a slow backward for small heads
             scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
             if keep is not None:
                 scores = scores.masked_fill(~keep, float("-inf"))

@@ -1,7 +1,7 @@
 """The Space-Time U-Net: a list of typed blocks, walked once for all frames of the clip.
 
-A `STUNetConfig` says for each level which blocks stand on it; `plan_blocks` turns it into the flat list that the forward
-pass walks, the image network inflates from, and the exporters read.
+A `STUNetConfig` says for each level which blocks stand on it; `plan_blocks` turns it into the flat list that the
+forward pass walks, the image network inflates from, and the exporters read.
 
 Source: Bar-Tal et al. 2024, "Lumiere: A Space-Time Diffusion Model for Video Generation", section 3.1.
 """
@@ -51,7 +51,9 @@ def plan_blocks(config: STUNetConfig) -> list[BlockSpec]:
         if level.temporal_conv:
             plan.append(BlockSpec("conv_inflation", f"{tag}_temporal_conv{j}", i, c, c))
         if level.temporal_attention:
-            plan.append(BlockSpec("attention_inflation", f"{tag}_temporal_attention{j}", i, c, c, level.temporal_attention))
+            plan.append(
+                BlockSpec("attention_inflation", f"{tag}_temporal_attention{j}", i, c, c, level.temporal_attention)
+            )
 
     for i, level in enumerate(levels):
         for j in range(level.num_layers):
@@ -97,7 +99,7 @@ class STUNet(nn.Module):
         self.config, self.ops = config, PlainOps()
         c0 = config.levels[0].channels
         self.emb_dim = d = max(4 * c0, 256)
-        patch = config.patch_size ** 2
+        patch = config.patch_size**2
         self.conv_in = blocks.Conv2d(config.in_channels * patch, c0, 3)
         self.time_embed = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
         if config.noise_level:
@@ -105,7 +107,9 @@ class STUNet(nn.Module):
         if config.text_dim:
             self.text_pool = nn.Linear(config.text_dim, d)
         if config.frame_embedding:
-            self.frame_embed = nn.Sequential(nn.Linear(64 + d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+            self.frame_embed = nn.Sequential(
+                nn.Linear(64 + d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)
+            )
             nn.init.zeros_(self.frame_embed[-1].weight)
             nn.init.zeros_(self.frame_embed[-1].bias)
         self.plan = plan_blocks(config)
@@ -121,8 +125,15 @@ class STUNet(nn.Module):
                 shift = Shift(config.shift_div, config.shift_direction, config.shift_pad) if level.shift else None
                 return blocks.ResnetBlock(spec.in_channels, spec.channels, d, groups, shift)
             case "transformer":
-                return blocks.SpatialTransformer(spec.channels, d, groups, config.head_dim, config.text_dim, level.spatial_attention,
-                                                 level.cross_attention)
+                return blocks.SpatialTransformer(
+                    spec.channels,
+                    d,
+                    groups,
+                    config.head_dim,
+                    config.text_dim,
+                    level.spatial_attention,
+                    level.cross_attention,
+                )
             case "conv_inflation":
                 return blocks.ConvolutionInflationBlock(spec.channels, d, groups)
             case "attention_inflation":
@@ -158,7 +169,9 @@ class STUNet(nn.Module):
             if name == "conv_in.weight" and value.shape != target[name].shape:
                 value = _widen_input(value, image.config, config)
             if value.shape != target[name].shape:
-                raise ValueError(f"{name}: the image network has {list(value.shape)}, the video network {list(target[name].shape)}")
+                raise ValueError(
+                    f"{name}: the image network has {list(value.shape)}, the video network {list(target[name].shape)}"
+                )
             target[name] = value
         missing = [n for n in target if n not in source and not model.is_temporal(n)]
         if missing:
@@ -177,8 +190,11 @@ class STUNet(nn.Module):
         config = self.config
         if sample.ndim != 5 or sample.shape[-1] != config.in_channels:
             raise ValueError(f"sample has shape {list(sample.shape)}, expected [B, T, H, W, {config.in_channels}]")
-        for name, size, factor in (("T", sample.shape[1], config.temporal_factor), ("H", sample.shape[2], config.spatial_factor),
-                                   ("W", sample.shape[3], config.spatial_factor)):
+        for name, size, factor in (
+            ("T", sample.shape[1], config.temporal_factor),
+            ("H", sample.shape[2], config.spatial_factor),
+            ("W", sample.shape[3], config.spatial_factor),
+        ):
             if size % factor or size < 1:
                 raise ValueError(f"{name}={size} is not a positive multiple of {factor}")
         if config.text_dim and text is None:
@@ -186,8 +202,16 @@ class STUNet(nn.Module):
         if config.noise_level and noise_level is None:
             raise ValueError("this network needs a noise_level")
 
-    def forward(self, sample: Tensor, timesteps: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None,
-                noise_level: Tensor | None = None, first_frame: int = 0, frame_stride: int = 1) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        first_frame: int = 0,
+        frame_stride: int = 1,
+    ) -> Tensor:
         self._check(sample, text, noise_level)
         config, dtype = self.config, self.conv_in.weight.dtype
         emb = self.time_embed(blocks.sinusoid(timesteps, 128).to(dtype))
@@ -196,12 +220,15 @@ class STUNet(nn.Module):
         if config.text_dim:
             text = text.to(dtype)
             emb = emb + self.text_pool(_mean_tokens(text, text_mask))
-        emb = emb[:, None]                                                                   # [B, 1, D]
+        emb = emb[:, None]  # [B, 1, D]
         times = first_frame + frame_stride * torch.arange(sample.shape[1], device=sample.device, dtype=torch.float32)
         if config.frame_embedding and sample.shape[1] > 1:
             features = blocks.sinusoid(times, 64, 400.0).to(dtype).expand(sample.shape[0], -1, -1)
             emb = emb + self.frame_embed(torch.cat([features, emb.expand(-1, sample.shape[1], -1)], -1))
-        context = {i: blocks.Context(self.ops, F.silu(emb[:, ::f]), text, text_mask, times[::f]) for i, f in enumerate(self._strides())}
+        context = {
+            i: blocks.Context(self.ops, F.silu(emb[:, ::f]), text, text_mask, times[::f])
+            for i, f in enumerate(self._strides())
+        }
 
         x = blocks.space_to_depth(sample.to(dtype), config.patch_size)
         x = self.ops.spatial_conv(x, self.conv_in.weight, self.conv_in.bias)
@@ -216,7 +243,7 @@ class STUNet(nn.Module):
         x = self.ops.spatial_conv(x, self.conv_out.weight, self.conv_out.bias, norm=self.norm_out.spec, silu=True)
         x = blocks.depth_to_space(x, config.patch_size).to(sample.dtype)
         if config.skip_input >= 0:
-            x = x + sample[..., config.skip_input:config.skip_input + config.out_channels]
+            x = x + sample[..., config.skip_input : config.skip_input + config.out_channels]
         return x
 
     def _strides(self) -> list[int]:
@@ -235,18 +262,23 @@ def _mean_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _widen_input(weight: Tensor, old: STUNetConfig, new: STUNetConfig) -> Tensor:
-    """conv_in.weight with more input channels; the new ones start at zero. Channels stand inside each patch position."""
+    """conv_in.weight with more input channels; new ones start at zero. Channels stand inside each patch position."""
     if old.patch_size != new.patch_size or old.in_channels > new.in_channels:
-        raise ValueError(f"conv_in cannot go from {old.in_channels} channels, patch {old.patch_size}, "
-                         f"to {new.in_channels} channels, patch {new.patch_size}")
-    patch = old.patch_size ** 2
+        raise ValueError(
+            f"conv_in cannot go from {old.in_channels} channels, patch {old.patch_size}, "
+            f"to {new.in_channels} channels, patch {new.patch_size}"
+        )
+    patch = old.patch_size**2
     wide = weight.new_zeros(weight.shape[0], patch, new.in_channels, *weight.shape[2:])
-    wide[:, :, :old.in_channels] = weight.unflatten(1, (patch, old.in_channels))
+    wide[:, :, : old.in_channels] = weight.unflatten(1, (patch, old.in_channels))
     return wide.flatten(1, 2)
 
 
 def image_config(config: STUNetConfig) -> STUNetConfig:
     """The image network under a video network: the same levels without temporal blocks."""
 
-    levels = tuple(replace(level, temporal_conv=False, temporal_attention=0, temporal_factor=1, shift=False) for level in config.levels)
+    levels = tuple(
+        replace(level, temporal_conv=False, temporal_attention=0, temporal_factor=1, shift=False)
+        for level in config.levels
+    )
     return replace(config, levels=levels, frame_embedding=False, num_frames=1)

@@ -29,16 +29,17 @@ MAX_INPUT_BYTES = 2**31  # of one image, video or mask, as float32
 class Progress:
     """Where a generation stands; what `callback_on_step_end` receives after every denoiser call.
 
-    Stages run one after the other. In a stage that works in windows, `step` counts whole clips' worth of steps: it is
-    the number of (window, step) tasks done, divided by the number of windows, rounded down.
+    Stages run one after the other. A stage that works in windows runs tasks (window, step) in an order of its own;
+    `step` is then the number of tasks done over the number of windows, rounded down. While an input of unknown length
+    is read, `step` is the number of tasks done, and what depends on the length is None.
     """
 
     stage: str  # "base" or "ssr"
-    step: int  # steps done, 0..steps
-    steps: int
-    frames_final: int  # frames of the result that will not change any more
-    num_frames: int | None  # None: an input of unknown length
-    seconds_left: float | None  # of this stage; None before its first call has ended and for an unknown length
+    step: int
+    steps: int | None
+    frames_final: int  # frames of the stage's clip that will not change any more
+    num_frames: int | None
+    seconds_left: float | None  # of this stage
 
 
 class GenerationRequest(BaseModel):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pylumiere.backends import Choice
+from pylumiere.backends.choice import Choice
 from pylumiere.checkpoint import Checkpoint, build_network
 from pylumiere.config import STUNetConfig
 from pylumiere.model import PlainOps, STUNet

@@ -494,19 +494,22 @@ class VideoReader:
                 self._file = open(self.path, "rb")  # noqa: SIM115 (closed in close)
             except OSError as error:
                 raise VideoError(f"input {self.path!r} cannot be read: {error.strerror}") from error
+        # FFmpeg decodes frames while it looks what is in the file. Its limit counts padding; `_check_size` is exact.
+        codec_options = {"max_pixels": str(2 * self.limits.max_pixels + 2**16)}
         try:
             # A Python file and not a name: FFmpeg would take "http:..." and "concat:..." for protocols.
             with _as_video_error(self.path, reading=True):
                 self._container = av.open(
                     _InputPipe(self._file) if self.path == PIPE else self._file,
-                    options={"format_whitelist": ",".join(READABLE), "protocol_whitelist": ""},
+                    options={"format_whitelist": ",".join(READABLE), "protocol_whitelist": "", **codec_options},
                     metadata_errors="replace",
                 )
             streams = self._container.streams.video
             if not streams:
                 raise VideoError(f"input {self.path!r} holds no video")
             stream = self._stream = streams[0]
-            stream.thread_count = 1
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = codec_options
             self.height, self.width = stream.height, stream.width
             self._check_size(self.width, self.height)
             rate = stream.guessed_rate or stream.average_rate
@@ -515,6 +518,8 @@ class VideoReader:
             self.num_frames = stream.frames or None
             if self.num_frames is not None:
                 self._check_count(self.num_frames)
+            if self._container.format.name == "gif" and self.path != PIPE:
+                self._check_gif_trailer()
         except BaseException:
             self.close()
             raise
@@ -531,7 +536,7 @@ class VideoReader:
             return
         if self._container is None:
             raise VideoError(f"input {self.path!r} is closed")
-        index = 0
+        index, end = 0, 0.0
         with _as_video_error(self.path, reading=True, position=lambda: index):
             for picture in self._container.decode(self._stream):
                 self._check_same(picture.width, picture.height)
@@ -540,11 +545,17 @@ class VideoReader:
                 if picture.is_corrupt:
                     raise VideoError(f"input {self.path!r} is damaged at frame {index}")
                 index += 1
+                end = (picture.time or 0.0) + (1.5 / self.fps if self.fps else 0.0)
                 yield frame
         if index == 0:
             raise VideoError(f"input {self.path!r} holds no frame that can be decoded")
         if self.num_frames is not None and index < self.num_frames:
             raise VideoError(f"input {self.path!r} is truncated: it ends after {index} of {self.num_frames} frames")
+        # Matroska's header tells no number of frames, but how long the clip is.
+        if self.num_frames is None and "matroska" in self._container.format.name and self._container.duration:
+            duration = self._container.duration / 1e6
+            if end < duration:
+                raise VideoError(f"input {self.path!r} is truncated: it ends after frame {index}, before {duration:g} s")
 
     def close(self) -> None:
         if self._container is not None:
@@ -559,9 +570,19 @@ class VideoReader:
     def __exit__(self, kind, error, trace) -> None:
         self.close()
 
+    def _check_gif_trailer(self) -> None:
+        """A gif tells no length at all; whole ones end in a semicolon."""
+        position = self._file.tell()
+        self._file.seek(max(0, self._file.seek(0, os.SEEK_END) - 4096))
+        if not self._file.read().rstrip(b"\0").endswith(b";"):
+            raise VideoError(f"input {self.path!r} is truncated: its end is missing")
+        self._file.seek(position)
+
     def _check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
-            raise VideoError(f"input {self.path!r} is damaged: its frames are {width} x {height}")
+            raise VideoError(
+                f"input {self.path!r} is damaged, or its frames have more than {self.limits.max_pixels} pixels"
+            )
         if width * height > self.limits.max_pixels:
             raise VideoError(
                 f"input {self.path!r}: frames of {width} x {height} have more than {self.limits.max_pixels} pixels"

@@ -65,8 +65,8 @@ def compile_one(specialisation: dict[str, Any], arch: int, folder: Path) -> dict
     """Compile, or take from `folder`. Must run without TRITON_INTERPRET.
 
     Returns:
-        facts: cubin (path), name, num_warps, shared, tmem, global_scratch, registers, stack, local, spills,
-        instruction, parameters (run-time parameters of the machine code, in order).
+        facts: cubin (path), name, num_warps, shared, tmem, global_scratch, registers, stack, local, wide_loads,
+        spills, instruction, parameters (run-time parameters of the machine code, in order).
     """
     kernel = launching.find_kernel(specialisation["kernel"])
     key = json.dumps([specialisation, arch, triton.__version__, kernel.cache_key, _FORMAT], sort_keys=True)
@@ -103,7 +103,7 @@ def compile_one(specialisation: dict[str, Any], arch: int, folder: Path) -> dict
     return facts
 
 
-_FORMAT = 1  # raise when the facts change
+_FORMAT = 2  # raise when the facts change
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, Any]:
@@ -124,6 +124,7 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "local": numbers["LOCAL"],
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b|\bUTMALDG", code)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "instruction": instruction,
     }

@@ -147,7 +147,7 @@ def plan(shape: tuple[int, ...], mid: int, out: int, dtype: torch.dtype, arch: i
     if max(mid, out) > MAX_CHANNELS:
         return Plan(False, f"{max(mid, out)} channels are more than the {MAX_CHANNELS} that fit on the chip")
     if dtype == torch.float32:
-        return Plan(False, "float32 needs twice the registers")
+        return Plan(False, "float32 has no matrix instruction that would pay for the extra frames")
     if not tuning.has_row("factorized_conv", arch, mid=mid, out=out, dtype=dtype):
         return Plan(False, f"no configuration without spills for {max(mid, out)} channels on sm {arch}")
     frames = tuning.choose("factorized_conv", arch, mid=mid, out=out, dtype=dtype).constants["FRAMES"]

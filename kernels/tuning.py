@@ -76,10 +76,10 @@ def _mma(ragged: Config) -> list[Row]:
     ]
 
 
-_small_memory, _large_memory = _mma(_gemm(256, 64, 32, 8, 3)), _mma(_gemm(256, 64, 64, 8, 3))
+_mma_tiles, _wgmma_tiles = _mma(_gemm(256, 64, 32, 8, 3)), _mma(_gemm(256, 64, 64, 8, 3))
 _conv = {
-    0: [Row(_gemm(64, 32, 32, 1, 1))], 75: [Row(_gemm(64, 64, 16, 4, 2))], 80: _large_memory, 86: _small_memory,
-    89: _small_memory, 90: _large_memory, 100: _large_memory, 120: _small_memory,
+    0: [Row(_gemm(64, 32, 32, 1, 1))], 75: [Row(_gemm(64, 64, 16, 4, 2))], 80: _mma_tiles, 86: _mma_tiles,
+    89: _mma_tiles, 90: _wgmma_tiles, 100: _wgmma_tiles, 120: _mma_tiles,
 }  # fmt: skip
 TABLE["spatial_conv"] = _conv
 TABLE["temporal_conv"] = _conv
@@ -152,3 +152,24 @@ _tiles = [  # whole tiles where the channels allow
 ]
 TABLE["temporal_shift"] = {0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
 TABLE["groupnorm_silu"] = {0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
+
+
+def _fills(block: int) -> Callable[[dict[str, Any]], bool]:
+    """Whole sequences of T frames fill at least three quarters of `block` rows, or no larger tile would hold more."""
+    return lambda shape: shape["T"] <= block and (block // shape["T"]) * shape["T"] >= 0.75 * block
+
+
+def _attention(block: int, num_warps: int) -> Config:
+    return Config({"BLOCK_M": block}, num_warps, 1)
+
+
+TABLE["temporal_attention"] = {
+    0: [
+        Row(_attention(16, 1), lambda shape: shape["T"] <= 8),
+        Row(_attention(32, 1), lambda shape: shape["T"] <= 16),
+        Row(_attention(64, 1), lambda shape: shape["T"] <= 32),
+        Row(_attention(128, 1)),
+    ],
+    75: [Row(_attention(32, 4), _fills(32)), Row(_attention(64, 4), _fills(64)), Row(_attention(128, 8))],
+    80: [Row(_attention(64, 4), _fills(64)), Row(_attention(128, 8))],
+}

@@ -79,3 +79,35 @@ def shapes(names: str, rows: Iterable[tuple]) -> list[Any]:
 
     letters = names.split()
     return [pytest.param(row, id="-".join(f"{n}{v}" for n, v in zip(letters, row, strict=True))) for row in rows]
+
+
+# ---- models of a few thousand weights ------------------------------------------------------------------------------
+
+
+def random_weights(config: STUNetConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of a network, random also where training starts at zero: no part of it is without effect."""
+    from pylumiere.checkpoint import expected_shapes
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        tensor = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            tensor /= tensor[0].numel() ** 0.5
+        elif "norm" in name and name.endswith("weight"):
+            tensor = 1 + 0.1 * tensor
+        else:
+            tensor *= 0.1
+        weights[name] = tensor
+    return weights
+
+
+def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
+    """A model folder with random weights; of the preset "tiny" if no config is given."""
+    from pylumiere.checkpoint import save_checkpoint
+    from pylumiere.config import model_preset
+
+    config = model_preset("tiny") if config is None else config
+    ssr = None if config.ssr is None else random_weights(config.ssr.network, seed + 1)
+    save_checkpoint(folder, config, random_weights(config.base.network, seed), ssr)
+    return folder

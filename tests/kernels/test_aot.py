@@ -1,0 +1,103 @@
+"""Ahead-of-time compilation without a GPU: machine code, its facts, the cache, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from pylumiere.kernels import aot, launching, spatial_conv
+from pylumiere.kernels.tuning import ARCHITECTURES, SHARED_MEMORY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+def convolution(arch, dtype, **options):
+    with launching.record(arch) as recording:
+        x = torch.empty(1, 4, 32, 32, 64, dtype=dtype, device="meta")
+        mul = torch.empty(4, 64, dtype=torch.float32, device="meta")
+        weight = spatial_conv.pack_weight(x.new_empty(64, 64, 3, 3))
+        spatial_conv.launch(x, weight, None, mul, mul, silu=True, **options)
+    return recording.launches[0].specialisation(), arch
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    """The fused convolution for every architecture in 16 bits, and for one with the temporal shift."""
+    tasks = [convolution(arch, torch.float16) for arch in ARCHITECTURES]
+    tasks.append(convolution(90, torch.float16, fold_next=8, fold_prev=8))
+    tasks.append(convolution(90, torch.float16, fold_next=5, fold_prev=5))
+    names = [*(f"sm{arch}" for arch in ARCHITECTURES), "shift", "unaligned shift"]
+    return dict(zip(names, aot.compile_many(tasks, folder=folder), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"),
+    [(75, "fma"), (80, "mma"), (86, "mma"), (89, "mma"), (90, "wgmma"), (100, "tcgen05"), (120, "mma")],
+)
+def test_machine_code_for_every_chip(compiled, arch, instruction):
+    facts = compiled[f"sm{arch}"]
+    assert aot.verdict(facts, arch) == "ok"
+    assert facts["instruction"] == instruction
+    assert facts["stack"] == facts["local"] == facts["spills"] == 0
+    assert 0 < facts["registers"] <= 255
+    assert facts["shared"] <= SHARED_MEMORY[arch]
+    assert facts["parameters"][:2] == ["x_ptr", "weight_ptr"]
+    with open(facts["cubin"], "rb") as file:
+        assert file.read(4) == b"\x7fELF"
+
+
+def test_the_shift_keeps_its_loads_wide(compiled):
+    """Whole 16-byte loads as without a shift: the shift costs no memory instruction of its own."""
+    assert compiled["shift"]["wide_loads"] == compiled["sm90"]["wide_loads"] > 0
+    assert compiled["unaligned shift"]["wide_loads"] < compiled["shift"]["wide_loads"]
+
+
+def test_compiled_kernels_are_kept(compiled, folder, monkeypatch):
+    monkeypatch.setattr(aot.triton, "compile", lambda *a, **k: pytest.fail("compiled again"))
+    facts = aot.compile_many([convolution(90, torch.float16)], folder=folder)
+    assert facts == [compiled["sm90"]]
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_not_a_crash(folder):
+    specialisation, arch = convolution(90, torch.float16)
+    broken = {**specialisation, "signature": {**specialisation["signature"], "H": "*fp16"}}
+    (facts,) = aot.compile_many([(broken, arch)], folder=folder)
+    assert "error" in facts
+    assert aot.verdict(facts, arch) == facts["error"] != "ok"
+
+
+def test_verdict_names_spills_and_too_much_shared_memory():
+    good = {"spills": 0, "local": 0, "shared": 0}
+    assert aot.verdict(good, 89) == "ok"
+    assert aot.verdict(good | {"spills": 7}, 89) == "7 spill instructions"
+    assert aot.verdict(good | {"shared": 144 * 1024}, 89) == "shared memory 147456 of 101376"
+    assert aot.verdict(good | {"shared": 144 * 1024}, 90) == "ok"
+
+
+def test_the_command_prints_and_writes_the_table(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "cache_folder", lambda: folder)
+    path = tmp_path / "table.json"
+    arguments = ["--sku", "sm75", "--dtype", "bf16", "--dtype", "fp16", "--op", "norm_affine", "--json", str(path)]
+    assert aot.main(arguments) == 0
+    rows = json.loads(path.read_text())
+    assert rows[0] == {"case": "all", "dtype": "bf16", "arch": 75, "verdict": "not on this chip"}
+    assert {row["verdict"] for row in rows[1:]} == {"ok"}
+    assert "not on this chip" in capsys.readouterr().out
+
+
+def test_unknown_skus_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        aot.main(["--sku", "sm61"])
+    assert stop.value.code == 2
+    assert "expected all or one of sm75" in capsys.readouterr().err
+
+
+def test_distinct_launches_of_a_network_share_kernels():
+    with launching.record(90) as recording:
+        x = torch.empty(1, 1, 16, 16, 64, dtype=torch.float16, device="meta")
+        weight = spatial_conv.pack_weight(x.new_empty(64, 64, 3, 3))
+        spatial_conv.launch(spatial_conv.launch(x, weight)[0], weight)
+    assert len(recording.launches) == 2
+    assert list(aot.distinct(recording.launches)) == ["0: implicit_gemm_kernel"]

@@ -206,13 +206,14 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
     """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
     import numpy as np
 
-    from pylumiere.video import BackgroundWriter, write_sheet
+    from pylumiere.video import VideoWriter, write_sheet
+    from pylumiere.windows import BackgroundWriter
 
     kept: list[tuple[int, Any]] = []
     num_frames = 0
-    with contextlib.closing(chunks), BackgroundWriter(output, chunks.fps) as writer:
+    with chunks, VideoWriter(output, chunks.fps) as writer, BackgroundWriter(writer.write) as encoder:
         for chunk in chunks:
-            writer.write(chunk.frames)
+            encoder.put(chunk.frames)
             num_frames += len(chunk.frames)
             if sheet is not None and len(kept) < _MAX_TILES:
                 first = -chunk.start % 8

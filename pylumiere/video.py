@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import re
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -127,6 +125,8 @@ def _check_folder(path: Path) -> None:
 class VideoWriter:
     """Writes frames as they come. A context manager: leaving it by an error removes what was written.
 
+    `pylumiere.windows.BackgroundWriter(writer.write)` encodes beside the network, in a thread with a bounded queue.
+
     Args:
         path: as in `Video.save`.
         fps: frames a second.
@@ -191,79 +191,6 @@ class VideoWriter:
                 self.close()
             except BaseException:
                 self.abort()
-                raise
-        else:
-            self.abort()
-
-
-class BackgroundWriter:
-    """A VideoWriter on its own thread, so that encoding runs beside the network.
-
-    `write` blocks while `queue_bytes` are waiting, and raises what the encoder raised. Leaving it by an error drops
-    the output without waiting for the queue.
-    """
-
-    def __init__(self, path: str | os.PathLike, fps: float, *, queue_bytes: int = 64 * 2**20):
-        self._writer = VideoWriter(path, fps)
-        self._queue_bytes = queue_bytes
-        self._waiting = 0
-        self._changed = threading.Condition()
-        self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._is_dropped = False
-        self._thread = threading.Thread(target=self._run, name="pylumiere-encoder", daemon=True)
-        self._thread.start()
-
-    def write(self, frames: np.ndarray) -> None:
-        frames = np.array(frames)  # the caller may reuse its buffer
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._has_room(frames.nbytes))
-            self._raise()
-            self._waiting += frames.nbytes
-        self._chunks.put(frames)
-
-    def close(self) -> None:
-        """Waits for the encoder, finishes the output and gives it its name."""
-        self._stop()
-        self._raise()
-        self._writer.close()
-
-    def abort(self) -> None:
-        self._is_dropped = True
-        self._stop()
-        self._writer.abort()
-
-    def _has_room(self, num_bytes: int) -> bool:
-        return self._waiting == 0 or self._waiting + num_bytes <= self._queue_bytes
-
-    def _stop(self) -> None:
-        self._chunks.put(None)
-        self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (frames := self._chunks.get()) is not None:
-            try:
-                if not self._is_dropped and self._error is None:
-                    self._writer.write(frames)
-            except BaseException as error:
-                self._error = error
-            with self._changed:
-                self._waiting -= frames.nbytes
-                self._changed.notify_all()
-
-    def __enter__(self) -> BackgroundWriter:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            try:
-                self.close()
-            except BaseException:
-                self._writer.abort()
                 raise
         else:
             self.abort()
@@ -555,7 +482,7 @@ class VideoReader:
         if self.num_frames is None and "matroska" in self._container.format.name and self._container.duration:
             duration = self._container.duration / 1e6
             if end < duration:
-                raise VideoError(f"input {self.path!r} is truncated: it ends after frame {index}, before {duration:g} s")
+                raise VideoError(f"input {self.path!r} is truncated: it ends at frame {index}, before {duration:g} s")
 
     def close(self) -> None:
         if self._container is not None:

@@ -7,7 +7,6 @@ import io
 import os
 import struct
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -20,7 +19,6 @@ import pytest
 from pylumiere import video
 from pylumiere.errors import VideoError
 from pylumiere.video import (
-    BackgroundWriter,
     Limits,
     Video,
     VideoReader,
@@ -30,6 +28,7 @@ from pylumiere.video import (
     read_video,
     write_sheet,
 )
+from pylumiere.windows import BackgroundWriter
 
 FORMATS = ["clip.mp4", "clip.webm", "clip.gif", "clip"]
 
@@ -80,9 +79,9 @@ def test_pieces_give_the_bytes_of_the_whole(tmp_path, name):
     (tmp_path / "pieces").mkdir()
     frames = make_frames()
     Video(frames, 16).save(tmp_path / name)
-    with BackgroundWriter(tmp_path / "pieces" / name, 16, queue_bytes=1) as writer:
+    with VideoWriter(tmp_path / "pieces" / name, 16) as writer, BackgroundWriter(writer.write) as encoder:
         for first, last in ((0, 1), (1, 7), (7, 20)):
-            writer.write(frames[first:last])
+            encoder.put(frames[first:last])
     assert content(tmp_path / "pieces" / name) == content(tmp_path / name)
 
 
@@ -128,9 +127,8 @@ def test_wrong_rate_is_named(fps, tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("writer_class", [VideoWriter, BackgroundWriter])
-def test_an_error_leaves_nothing(tmp_path, name, writer_class):
-    with pytest.raises(KeyboardInterrupt), writer_class(tmp_path / name, 16) as writer:
+def test_an_error_leaves_nothing(tmp_path, name):
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / name, 16) as writer:
         writer.write(make_frames())
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
@@ -169,32 +167,14 @@ def test_sizes_that_do_not_fit(tmp_path):
 
 
 def test_encoder_error_reaches_the_thread_that_writes(tmp_path):
-    with pytest.raises(VideoError, match="differs from the first"), BackgroundWriter(tmp_path / "c.mp4", 16) as writer:
-        writer.write(make_frames(2))
-        writer.write(make_frames(2, 16, 24))
-        for _ in range(1000):  # the error comes at a later write, or at the end
-            writer.write(make_frames(1))
-            time.sleep(0.001)
+    with pytest.raises(VideoError, match="differs from the first"):  # noqa: SIM117
+        with VideoWriter(tmp_path / "clip.mp4", 16) as writer, BackgroundWriter(writer.write) as encoder:
+            encoder.put(make_frames(2))
+            encoder.put(make_frames(2, 16, 24))
+            for _ in range(1000):  # the error comes at a later frame, or at the end
+                encoder.put(make_frames(1))
+                time.sleep(0.001)
     assert os.listdir(tmp_path) == []
-    assert not any(thread.name == "pylumiere-encoder" for thread in threading.enumerate())
-
-
-def test_queue_is_bounded(tmp_path, monkeypatch):
-    gate, seen = threading.Event(), []
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (seen.append(len(frames)), gate.wait(10)))
-    monkeypatch.setattr(VideoWriter, "close", VideoWriter.abort)
-    frames = make_frames(1)
-    with BackgroundWriter(tmp_path / "clip.mp4", 16, queue_bytes=3 * frames.nbytes) as writer:
-        for _ in range(3):
-            writer.write(frames)
-        blocked = threading.Thread(target=writer.write, args=(frames,))
-        blocked.start()
-        blocked.join(0.2)
-        assert blocked.is_alive(), "a fourth frame went into a queue of three"
-        gate.set()
-        blocked.join(10)
-        assert not blocked.is_alive()
-    assert len(seen) == 4
 
 
 def test_output_paths(tmp_path, monkeypatch):

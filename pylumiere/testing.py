@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from pylumiere.config import ModelConfig, STUNetConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -133,6 +133,21 @@ def test_statistics_travel_from_epilogue_to_norm():
     assert names.count("norm_affine") > names.count("channel_statistics")
 
 
+@pytest.mark.gpu
+def test_cuda_graph_replay_equals_the_first_run():
+    model = set_backend(network(BASE, torch.bfloat16).to("cuda"), "triton")
+    values = inputs(BASE, device="cuda")
+    with torch.inference_mode():
+        expected = model(**values)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(**values)
+        output.zero_()
+        graph.replay()
+    assert torch.equal(output, expected)
+
+
 def test_unknown_choices_are_refused():
     model = STUNet(SSR)
     with pytest.raises(ValueError, match="backend='cuda'"):

@@ -8,6 +8,7 @@ heavy imports happen inside the commands: `pylumiere --help` loads no torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -44,6 +45,29 @@ _OPTIONS = {
 
 _MAX_TILES = 200  # of a streamed clip's contact sheet
 
+
+class _Interrupted(Exception):
+    """Ctrl-C or SIGTERM, in a form that Typer does not answer itself."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: clean up as after Ctrl-C."""
+
+
+def _interruptible(command):
+    @functools.wraps(command)
+    def run(*arguments, **options):
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(143 if isinstance(error, _Terminated) else 130) from error
+
+    return run
+
+
 Model = Annotated[str, typer.Option(help="A shipped model's name (demo) or a model folder.")]
 Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
 Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
@@ -57,6 +81,7 @@ Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring wind
 
 
 @app.command()
+@_interruptible
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     output: Output = "clip.mp4",
@@ -112,6 +137,7 @@ def generate(
 
 
 @app.command()
+@_interruptible
 def upscale(
     source: Annotated[str, typer.Argument(metavar="INPUT", help="A video, a picture, a folder of PNG, or - (stdin).")],
     output: Output,
@@ -146,6 +172,7 @@ def upscale(
 
 
 @app.command()
+@_interruptible
 def doctor(as_json: Json = False) -> None:
     """Says what this machine can run, and what is missing for the rest."""
     from pylumiere.doctor import examine
@@ -289,10 +316,6 @@ class _Bars:
         bars.update(self._tasks[progress.stage], completed=progress.step, total=progress.steps, left=left)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: clean up as after Ctrl-C."""
-
-
 def _on_sigterm(number, frame):
     raise _Terminated
 
@@ -313,11 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except USER_ERRORS as error:
         return _fail(_explain(error))
-    except (KeyboardInterrupt, Exception) as error:
-        # Typer turns Ctrl-C into its own Abort, and its usage errors share no public base over its versions.
-        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-            print("pylumiere: interrupted; nothing was written", file=sys.stderr)
-            return 143 if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated) else 130
+    except _Interrupted as error:
+        print("pylumiere: interrupted; nothing was written", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # Typer's usage errors share no public base over its versions
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 2

@@ -1,7 +1,7 @@
 """Engine: a loaded model that makes clips. Immutable after loading; share it between threads.
 
-`generate` collects what `stream` yields, so both give the same bytes. The work runs in the thread that asks for the next
-frames; `submit` runs it in the engine's own thread.
+`generate` collects what `stream` yields, so both give the same bytes. The work runs in the thread that asks for the
+next frames; `submit` runs it in the engine's own thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pylumiere.backends.torch import TorchBackend
 from pylumiere.checkpoint import Checkpoint, find_model, load_checkpoint
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
-from pylumiere.pipeline import Hooks, Pipeline, Plan, plan_request, plan_ssr, ssr_scale
+from pylumiere.pipeline import Hooks, Pipeline, Plan, StagePlan, plan_request, plan_ssr, ssr_scale
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
 from pylumiere.text import load_text_encoder
 from pylumiere.video import Video
@@ -40,7 +40,7 @@ OutputType = Literal["uint8", "float"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive final frames: uint8 (or float32 in 0..1) [n, H, W, 3], the first of them frame `start` of the clip."""
+    """Consecutive final frames: uint8 (or float32 in 0..1) [n, H, W, 3]; the first is frame `start` of the clip."""
 
     start: int
     frames: np.ndarray
@@ -100,13 +100,13 @@ class Engine:
         self._folder = checkpoint.folder
         self._parameters = sum(t.numel() for stage in (checkpoint.base, checkpoint.ssr or {}) for t in stage.values())
         self._backend = _make_backend(checkpoint, choice)
-        self._check_budget("the weights", self._backend.weight_bytes)
         encoder = load_text_encoder(
             self.config.text_encoder, max_length=self.config.text_tokens, width=self.config.base.network.text_dim
         )
         # One window a call on a CPU: larger batches are no faster there and hold back the first frames.
         capacity = 1 if choice.device.type == "cpu" else 8
         self._pipeline = Pipeline(self.config, self._backend, encoder, capacity, self.reproducible)
+        self._check_budget()
         self._jobs = _JobThread()
         weakref.finalize(self, self._jobs.close)  # when the engine goes, and when the interpreter ends
 
@@ -126,7 +126,7 @@ class Engine:
         Args:
             source: a shipped name ("demo") or a model folder.
             backend, device, precision: what to run on; "auto" chooses, and `info()["reason"]` says why.
-            memory_budget: bytes for weights, clip states, activations and encoder queues; None is no limit.
+            memory_budget: bytes for the weights and for what one request needs beside them; None is no limit.
             reproducible: same seed, same bytes, however the work is batched: networks are called with one fixed shape.
                 None: on for the CPU.
 
@@ -158,7 +158,7 @@ class Engine:
         return self.stream(prompt, **fields).collect()
 
     def stream(self, prompt: str | GenerationRequest, **fields: Any) -> Stream:
-        """Makes a clip and yields its frames as they become final. Raises as `generate`, at once for a wrong request."""
+        """Makes a clip, yields frames as they become final. Raises as `generate`; for a wrong request, at once."""
         return self._stream(_request(prompt, fields), should_stop=None)
 
     def upscale(
@@ -194,10 +194,12 @@ class Engine:
         if self.config.ssr is None:
             raise InvalidRequest(f"model {self.config.name!r} has no super-resolution stage")
         # The request's own checks, for the fields both have.
-        request = _request("upscale", dict(
-            num_frames=num_frames, fps=fps, seed=seed, num_inference_steps=num_inference_steps, window_frames=window_frames,
-            window_overlap=window_overlap, callback_on_step_end=callback_on_step_end, output_type=output_type,
-        ))  # fmt: skip
+        fields = dict(
+            num_frames=num_frames, fps=fps, seed=seed, num_inference_steps=num_inference_steps,
+            window_frames=window_frames, window_overlap=window_overlap, callback_on_step_end=callback_on_step_end,
+            output_type=output_type,
+        )  # fmt: skip
+        request = _request("upscale", fields)
         if loop and num_frames is None:
             raise InvalidRequest("loop=True needs num_frames: the length of the input is not known")
         if self.config.ssr.network.text_dim:
@@ -210,8 +212,8 @@ class Engine:
 
         def plan(height: int, width: int):
             return plan_ssr(
-                self.config, height, width, num_frames=num_frames, window=window_frames, overlap=window_overlap, loop=loop,
-                num_inference_steps=num_inference_steps,
+                self.config, height, width, num_frames=num_frames, window=window_frames, overlap=window_overlap,
+                loop=loop, num_inference_steps=num_inference_steps,
             )  # fmt: skip
 
         plan(self.config.ssr.network.height, self.config.ssr.network.width)  # refuses before the first frame is read
@@ -220,7 +222,7 @@ class Engine:
     def submit(self, prompt: str | GenerationRequest, **fields: Any) -> Job:
         """Queues a request for the engine's own thread; requests run one after the other, in order."""
         request = _request(prompt, fields)
-        plan_request(request, self.config)  # a wrong request is refused here, not in the thread
+        self._stream(request, None)  # a wrong request is refused here, not in the thread
         job = Job(request)
         self._jobs.put(self._run, job)
         return job
@@ -273,16 +275,27 @@ class Engine:
         choice = self._choice
         return {"backend": choice.backend, "device": str(choice.device), "precision": choice.precision}
 
-    def _check_budget(self, what: str, required: int) -> None:
-        if self.memory_budget is not None and required > self.memory_budget:
-            raise BudgetExceeded(f"{what} need {required} bytes; memory_budget={self.memory_budget}")
+    def _check_budget(self, *stages: StagePlan | None) -> None:
+        """Weights, and the largest stage: they run one after the other."""
+        if self.memory_budget is None:
+            return
+        weights = self._backend.weight_bytes
+        needs = {stage.name: self._pipeline.stage_bytes(stage) for stage in stages if stage is not None}
+        required = weights + max(needs.values(), default=0)
+        if required > self.memory_budget:
+            parts = ", ".join(f"{name} {count}" for name, count in {"weights": weights, **needs}.items())
+            raise BudgetExceeded(
+                f"memory_budget={self.memory_budget} bytes: {required} are needed ({parts}); "
+                "give more, or ask for a smaller size, fewer frames, or smaller windows"
+            )
 
     def _stream(self, request: GenerationRequest, should_stop: Callable[[], bool] | None) -> Stream:
         plan = plan_request(request, self.config)
+        self._check_budget(plan.base, plan.ssr)
         metadata = {
             "model": self.config.name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-            "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height, "width": plan.width,
-            "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
+            "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
+            "width": plan.width,             "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale, **self._choice_facts(), "seconds": {},
         }  # fmt: skip
         hooks = Hooks(request.callback_on_step_end, should_stop)
@@ -306,7 +319,8 @@ class Engine:
         height, width = first.shape[0] * self.scale, first.shape[1] * self.scale
         if max(height, width) > MAX_SIDE:
             raise InvalidRequest(
-                f"frames of {first.shape[0]} x {first.shape[1]} (height x width) are too large: at most {MAX_SIDE // self.scale} a side"
+                f"frames of {first.shape[0]} x {first.shape[1]} (height x width) are too large: "
+                f"at most {MAX_SIDE // self.scale} a side"
             )
         metadata["height"], metadata["width"] = height, width
         factor = self.config.ssr.network.spatial_factor
@@ -319,6 +333,7 @@ class Engine:
                 yield np.pad(frame, ((0, bottom), (0, right), (0, 0)), mode="edge")
 
         stage = plan(height + int(bottom) * self.scale, width + int(right) * self.scale)
+        self._check_budget(stage)
         final = self._pipeline.ssr(stage, padded(), request.seed, Hooks(request.callback_on_step_end))
         cropped = ((start, np.ascontiguousarray(pixels[:, :height, :width])) for start, pixels in final)
         count = 0
@@ -483,7 +498,9 @@ class _Clock:
         self.metadata.setdefault("first_frame_seconds", round(time.monotonic() - self.begun, 3))
 
 
-def _delivered(final: Iterable[tuple[int, np.ndarray]], output_type: OutputType, clock: _Clock, stage: str) -> Iterator[Chunk]:
+def _delivered(
+    final: Iterable[tuple[int, np.ndarray]], output_type: OutputType, clock: _Clock, stage: str
+) -> Iterator[Chunk]:
     for start, frames in final:
         if output_type == "uint8":
             pixels = to_uint8(frames)
@@ -504,14 +521,17 @@ def _checked_frames(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in piece if piece.ndim == 4 else piece[None]:
             if size is not None and frame.shape != size:
                 raise InvalidRequest(
-                    f"frame {index} is {frame.shape[0]} x {frame.shape[1]} (height x width); the frames before are {size[0]} x {size[1]}"
+                    f"frame {index} is {frame.shape[0]} x {frame.shape[1]} (height x width); "
+                    f"the frames before are {size[0]} x {size[1]}"
                 )
             size = frame.shape
             if frame.dtype == np.uint8:
                 yield frame.astype(np.float32) / np.float32(127.5) - np.float32(1)
             elif frame.dtype in (np.float16, np.float32, np.float64):
                 if not (frame.min() >= 0 and frame.max() <= 1):  # also true for NaN
-                    raise InvalidRequest(f"frame {index}: floats should lie in 0..1; found {frame.min():g} to {frame.max():g}")
+                    raise InvalidRequest(
+                        f"frame {index}: floats should lie in 0..1; found {frame.min():g} to {frame.max():g}"
+                    )
                 yield frame.astype(np.float32) * np.float32(2) - np.float32(1)
             else:
                 raise InvalidRequest(f"frame {index} is {frame.dtype}; uint8 (0..255) or float (0..1) is expected")

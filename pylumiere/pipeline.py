@@ -1,10 +1,10 @@
 """Base, then super-resolution: the only place that knows all the parts.
 
-A request becomes a plan (`plan_request`: every value concrete and checked against the model), and a plan becomes frames:
+A request becomes a plan (`plan_request`: every value concrete, checked against the model), and a plan becomes frames:
 
     prompts -> text embeddings, once
     base:  the whole clip in one window; guidance batches [with the prompt, without it]; J | C | M on 7 channels
-    SSR:   overlapping windows; each frame of the base's clip, noised and upscaled once, joins the noisy frame on 6 channels
+    SSR:   overlapping windows; each frame of the base's clip, noised and upscaled once, stands beside the noisy frame
 
 Frames inside are float32 in -1..1. The generators here compute in the caller's thread when the next frames are asked
 for, so a slow consumer slows them and a consumer that leaves stops them.
@@ -27,11 +27,12 @@ from pylumiere import _runtime
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.config import ModelConfig, StageConfig
 from pylumiere.errors import InvalidRequest
+from pylumiere.memory import activation_bytes
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.samplers import SamplerTable, make_table
 from pylumiere.schedules import make_schedule
 from pylumiere.text import TextEncoder
-from pylumiere.windows import FrameBuffer, NonFiniteOutput, StepInfo, WindowPlan, sample_clip
+from pylumiere.windows import FrameBuffer, NonFiniteOutput, StepInfo, WindowPlan, memory_bytes, sample_clip
 
 # Stage numbers in the key of the noise; 2 is the noise on the SSR's low-resolution input.
 BASE, SSR, AUGMENTATION = 0, 1, 2
@@ -64,7 +65,7 @@ class Plan:
     Attributes:
         sampler, num_inference_steps, guidance_scale: of the base stage.
         height, width: of the result.
-        conditioning: [T, h, w, 4] at the base's size: given pixels (0 where none are given) and the mask, 1 where given.
+        conditioning: [T, h, w, 4] at the base's size: given pixels (0 where none are), and the mask, 1 where given.
         initial: [T, h, w, 3] that strength < 1 starts from, or None.
     """
 
@@ -132,8 +133,8 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
         )
     conditioning, initial = _given(request, num_frames, *base_size)
     return Plan(
-        request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, float(guidance), base,
-        ssr, conditioning, initial,
+        request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, float(guidance),
+        base, ssr, conditioning, initial,
     )  # fmt: skip
 
 
@@ -194,7 +195,9 @@ def _table(stage: StageConfig, sampler: str, steps: int, strength: float = 1.0) 
     try:
         return make_table(sampler, schedule, settings.prediction_type, steps, strength=strength)
     except ValueError as error:
-        raise InvalidRequest(f"sampler={sampler!r}, num_inference_steps={steps}, strength={strength}: {error}") from error
+        raise InvalidRequest(
+            f"sampler={sampler!r}, num_inference_steps={steps}, strength={strength}: {error}"
+        ) from error
 
 
 # ---- what is given: image, video, mask ------------------------------------------------------------------------------
@@ -255,6 +258,23 @@ class Pipeline:
     capacity: int = 1
     fixed_batch: bool = True
 
+    def stage_bytes(self, stage: StagePlan) -> int:
+        """Bytes that a stage needs while it runs, beside the weights: activations, frame states, conditioning."""
+        network = (self.config.base if stage.name == "base" else self.config.ssr).network
+        rows = (2 if stage.is_guided else 1) * (1 if stage.name == "base" else self.capacity)
+        frames, steps = stage.windows.call_frames, len(stage.table.timesteps)
+        call = 4 * rows * frames * stage.height * stage.width * (network.in_channels + 3 + 3)  # sample, x, prediction
+        slots, _ = stage.windows.buffer_sizes(steps, self.capacity)
+        given = 4 * (slots + frames) * stage.height * stage.width * 4
+        states = memory_bytes(
+            stage.windows, frame_shape=(stage.height, stage.width, 3), steps=steps, capacity=self.capacity,
+            num_outputs=2 if stage.is_guided else 1, multistep=stage.table.uses_previous,
+        )  # fmt: skip
+        activations = activation_bytes(
+            network, rows, frames, stage.height, stage.width, self.backend.dtype, self.config.text_tokens
+        )
+        return call + given + states + activations
+
     def embed(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Text rows [G, L, D] and mask [G, L] on the device: the prompt, and for guidance what to lead away from."""
         prompts = [plan.request.prompt]
@@ -282,7 +302,7 @@ class Pipeline:
 
         Args:
             stage: from `plan_ssr`.
-            low: low-resolution frames [h, w, 3] float32, read as they are needed; h and w are the stage's over its scale.
+            low: low-resolution frames [h, w, 3] float32, read as they are needed; h, w are the stage's over the scale.
             seed: of the clip.
             text: for an SSR with text; see `embed`.
         """
@@ -340,13 +360,17 @@ class _Call:
         stage_config = pipeline.config.base if stage.name == "base" else pipeline.config.ssr
         network = stage_config.network
         if self.groups == 2 and text is None:
-            raise InvalidRequest(f"guidance_scale={stage.guidance_scale}: the {stage.name} network takes no text; use 1")
+            raise InvalidRequest(
+                f"guidance_scale={stage.guidance_scale}: the {stage.name} network takes no text; use 1"
+            )
         self.text = self.text_mask = None
         if network.text_dim:
             # [G, L, D] -> [G * rows, L, D], group by group.
             self.text, self.text_mask = (t[: self.groups].repeat_interleave(rows, 0) for t in text)
         device = self.backend.device
-        self.noise_level = torch.full((self.groups * rows,), noise_level, device=device) if network.noise_level else None
+        self.noise_level = (
+            torch.full((self.groups * rows,), noise_level, device=device) if network.noise_level else None
+        )
         shape = (self.groups, rows, stage.windows.call_frames, stage.height, stage.width, network.in_channels)
         self.sample = torch.zeros(shape, device=device)
         self.source = given if isinstance(given, FrameBuffer) else None
@@ -391,8 +415,11 @@ def _sample(
             call, num_frames=stage.windows.num_frames, frame_shape=(stage.height, stage.width, 3), table=stage.table,
             plan=stage.windows, seed=seed, stage=stage.number, guidance_scale=stage.guidance_scale,
             guidance_rescale=stage.guidance_rescale, clip=1.0, threshold=stage.threshold or None, capacity=capacity,
-            fixed_batch=fixed_batch, on_step=report if hooks.on_progress else None, should_stop=hooks.should_stop, **start,
+            fixed_batch=fixed_batch, on_step=report if hooks.on_progress else None,
+            should_stop=hooks.should_stop, **start,
         )  # fmt: skip
     except NonFiniteOutput as error:
-        text = f"the {stage.name} network gave NaN or infinity at step {error.step + 1} of {steps}, window {error.window}"
+        text = (
+            f"the {stage.name} network gave NaN or infinity at step {error.step + 1} of {steps}, window {error.window}"
+        )
         raise NonFiniteOutput(text, error.clip, error.stage, error.step, error.window) from None

@@ -106,8 +106,9 @@ class GenerationRequest(BaseModel):
         except ValidationError as error:
             raise InvalidRequest(_one_line(error, cls)) from None
 
-    @field_validator("num_frames", "height", "width", "num_inference_steps", "seed", "window_frames", "window_overlap",
-                     mode="before")
+    @field_validator(
+        "num_frames", "height", "width", "num_inference_steps", "seed", "window_frames", "window_overlap", mode="before"
+    )
     @classmethod
     def _integer(cls, value: Any) -> Any:
         """Any integer type (numpy's too), and nothing that merely converts: no bool, no text, no 80.0."""
@@ -178,7 +179,8 @@ def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndar
     """A read-only float32 array in 0..1, from uint8 (0..255), bool or float (0..1); numpy, torch and PIL are taken."""
     if hasattr(value, "convert") and hasattr(value, "mode"):  # a PIL image; PIL itself is not imported here
         value = value.convert("RGB" if channels else "L")
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+    is_array = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+    if isinstance(value, (str, bytes)) or not is_array:
         raise ValueError(f"should be an array {layout}, not {type(value).__name__}")
     array = np.asarray(value)
     if array.ndim != ndim or 0 in array.shape or (channels is not None and array.shape[-1] != channels):

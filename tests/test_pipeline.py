@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pylumiere.kernels.denoise_step import frame_noise
 
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.checkpoint import build_network, load_checkpoint
-from pylumiere.config import ModelConfig, ScheduleConfig, SamplerConfig, StageConfig, model_preset
+from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig, model_preset
 from pylumiere.errors import InvalidRequest
-from pylumiere.kernels.denoise_step import frame_noise
 from pylumiere.pipeline import Hooks, Pipeline, plan_request, plan_ssr
 from pylumiere.request import GenerationRequest
 from pylumiere.testing import rel_rms, write_random_model
@@ -74,7 +75,10 @@ def test_a_drawn_seed_is_reported_and_differs():
         ({"window_overlap": 4}, "window_overlap=4 should be smaller than window_frames=4"),
         ({"video": np.zeros((7, 4, 4, 3), np.uint8)}, "num_frames=7: this model makes"),
         ({"video": np.zeros((8, 4, 4, 3), np.uint8), "num_frames": 6}, "num_frames=6: video has 8 frames"),
-        ({"image": np.zeros((4, 4, 3), np.uint8), "mask": np.zeros((6, 4, 4), bool)}, "num_frames=8: mask has 6 frames"),
+        (
+            {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.zeros((6, 4, 4), bool)},
+            "num_frames=8: mask has 6 frames",
+        ),
     ],
 )
 def test_what_the_model_does_not_take_is_named(fields, message):
@@ -174,7 +178,9 @@ def base_oracle(checkpoint, plan, encoder):
             outs.append(network(sample, torch.tensor([time]), text, mask)[0])
         return outs
 
-    return step_by_step(predict, plan.base.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.initial)
+    return step_by_step(
+        predict, plan.base.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.initial
+    )
 
 
 def ssr_oracle(checkpoint, stage, low, seed):
@@ -283,7 +289,7 @@ def test_order_of_channels_and_of_guidance(checkpoint, pipeline):
     watched = dataclasses.replace(pipeline, backend=backend)
     plan = plan_of(seed=1, image=CLIP[0], num_inference_steps=1)
     watched.base(plan, watched.embed(plan))
-    ((stage, sample, times, text, mask, level), _), = backend.calls
+    (((stage, sample, times, text, mask, level), _),) = backend.calls
     assert stage == "base" and level is None and sample.shape == (2, 8, 16, 16, 7)
     first = frame_noise(1, 0, -1, list(range(8)), 16 * 16 * 3).view(8, 16, 16, 3) * plan.base.table.init_sigma
     torch.testing.assert_close(sample[0, ..., :3], first)
@@ -326,7 +332,7 @@ def test_progress_counts_whole_steps(pipeline):
     assert len(seen) == 3 * 2 and seen[-1].step == seen[-1].steps == 2
     assert [p.step for p in seen] == [0, 0, 1, 1, 1, 2]
     assert seen[-1].frames_final == seen[-1].num_frames == 10 and seen[-1].seconds_left == 0
-    assert all(a.frames_final <= b.frames_final for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.frames_final <= b.frames_final for a, b in itertools.pairwise(seen))
     unknown = []
     stage = plan_ssr(CONFIG, 16, 16, num_frames=None)
     list(pipeline.ssr(stage, iter(np.zeros((10, 8, 8, 3), np.float32)), 0, Hooks(on_progress=unknown.append)))

@@ -131,8 +131,15 @@ def _tiny_folder(kind, folder, transformers):
         model = transformers.T5EncoderModel(config)
     else:
         config = transformers.CLIPTextConfig(
-            vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=8, eos_token_id=1, bos_token_id=1, pad_token_id=0,
+            vocab_size=5,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=8,
+            eos_token_id=1,
+            bos_token_id=1,
+            pad_token_id=0,
         )
         model = transformers.CLIPTextModel(config)
     model.save_pretrained(folder)

@@ -87,7 +87,9 @@ def _backend(name: str, device: torch.device, reasons: list[str]) -> str:
         raise UnsupportedDevice(f"backend {name!r} is not part of this version; allowed: auto, {', '.join(BACKENDS)}")
     missing = _triton_missing(device)
     if name == "auto":
-        reasons.append(f"backend torch: triton cannot be used ({missing})" if missing else "backend triton: the GPU runs it")
+        reasons.append(
+            f"backend torch: triton cannot be used ({missing})" if missing else "backend triton: the GPU runs it"
+        )
         return "torch" if missing else "triton"
     if name == "triton" and missing:
         raise UnsupportedDevice(f"backend 'triton' cannot run: {missing}; use backend='torch'")

@@ -454,7 +454,7 @@ def test_sources_that_are_no_model(tmp_path):
 def test_budget(folder):
     with pytest.raises(BudgetExceeded, match=r"memory_budget=1000 bytes: \d+ are needed \(weights \d+\)"):
         Engine.load(folder, memory_budget=1000)
-    engine = Engine.load(folder, memory_budget=45 * 2**20)
+    engine = Engine.load(folder, precision="fp32", memory_budget=40 * 2**20)
     engine.generate("x", num_frames=2)
     with pytest.raises(BudgetExceeded, match=r"are needed \(weights \d+, base \d+, ssr \d+\)"):
         engine.stream("x", height=128, width=128)

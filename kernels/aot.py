@@ -1,8 +1,8 @@
 """Compile kernels ahead of time for GPUs that are not here: `python -m pylumiere.kernels.aot --sku all`.
 
-The launches to compile come from recordings on meta tensors: of each operator's `aot_cases`, or of a whole network
-(`--network stunet-l`). Compilation runs in worker processes without the interpreter, and results are kept in the
-user's cache folder under a hash of the kernel's source, its constants, the target and the Triton version.
+The launches to compile come from recordings on meta tensors: here of each operator's `aot_cases`, in the exporter of a
+whole network. Compilation runs in worker processes without the interpreter, and results are kept in the user's cache
+folder under a hash of the kernel's source, its constants, the target and the Triton version.
 """
 
 from __future__ import annotations

@@ -55,14 +55,17 @@ def gather_pixels(
         offs_frame = (frame - t).to(tl.int64) if WIDE else frame - t
         channel_offset = offs_c + offs_frame * stride_t
 
-    pixel_offset = (h.to(tl.int64) if WIDE else h) * stride_h + w * stride_w
+    if WIDE:
+        h, w = h.to(tl.int64), w.to(tl.int64)
+    pixel_offset = h * stride_h + w * stride_w
     mask = mask_x[:, None] & mask_c[None, :]
     x_tile = x_batch + t.to(tl.int64) * stride_t
     x = tl.load(x_tile + pixel_offset[:, None] + channel_offset[None, :], mask=mask, other=0.0)  # [M, C]
     if mul_ptr is not None:
-        affine_offset = (b * T + frame) * C + offs_c
-        mul = tl.load(mul_ptr + affine_offset, mask=mask_c, other=0.0)
-        add = tl.load(add_ptr + affine_offset, mask=mask_c, other=0.0)
+        affine_row = (b * T + t).to(tl.int64) * C
+        affine_offset = (frame - t) * C + offs_c
+        mul = tl.load(mul_ptr + affine_row + affine_offset, mask=mask_c, other=0.0)
+        add = tl.load(add_ptr + affine_row + affine_offset, mask=mask_c, other=0.0)
         value = x.to(tl.float32) * mul[None, :] + add[None, :]
         if SILU:
             value = value * tl.sigmoid(value)
@@ -113,7 +116,8 @@ def implicit_gemm_kernel(
             stride_t, stride_h, stride_w, fold_next, fold_prev,
             KT, KS, STRIDE_T, STRIDE_S, UP_T, UP_S, SILU, SHIFT, ENDS, FOLD_ALIGN, WIDE,
         )  # fmt: skip
-        weight_offset = offs_o[None, :] * (TAPS * C) + tap * C + offs_c[:, None]
+        weight_row = offs_o.to(tl.int64) if WIDE else offs_o
+        weight_offset = weight_row[None, :] * (TAPS * C) + tap * C + offs_c[:, None]
         mask_w = (offs_c < C)[:, None] & mask_o[None, :]
         weight = tl.load(weight_ptr + weight_offset, mask=mask_w, other=0.0)  # [C, O]
         if UPCAST:  # the interpreter has no bfloat16 product; in float32 the products are the same

@@ -159,17 +159,25 @@ def _fills(block: int) -> Callable[[dict[str, Any]], bool]:
     return lambda shape: shape["T"] <= block and (block // shape["T"]) * shape["T"] >= 0.75 * block
 
 
-def _attention(block: int, num_warps: int) -> Config:
-    return Config({"BLOCK_M": block}, num_warps, 1)
+def _attention(block: int, num_warps: int, matrix: bool = True) -> Config:
+    return Config({"BLOCK_M": block, "MATRIX": matrix}, num_warps, 1)
 
 
+_by_rows = [  # one key frame after the other, where there is no matrix instruction
+    Row(_attention(32, 4, False), _fills(32)), Row(_attention(64, 4, False), _fills(64)), Row(_attention(128, 8, False)),
+]  # fmt: skip
 TABLE["temporal_attention"] = {
     0: [
+        Row(_attention(32, 1, False), lambda shape: shape["dtype"] == torch.float32 and shape["T"] <= 32),
+        Row(_attention(128, 1, False), lambda shape: shape["dtype"] == torch.float32),
         Row(_attention(16, 1), lambda shape: shape["T"] <= 8),
-        Row(_attention(32, 1), lambda shape: shape["T"] <= 16),
         Row(_attention(64, 1), lambda shape: shape["T"] <= 32),
         Row(_attention(128, 1)),
     ],
-    75: [Row(_attention(32, 4), _fills(32)), Row(_attention(64, 4), _fills(64)), Row(_attention(128, 8))],
-    80: [Row(_attention(64, 4), _fills(64)), Row(_attention(128, 8))],
+    75: _by_rows,
+    80: [
+        *(Row(row.config, lambda shape, row=row: shape["dtype"] == torch.float32 and row.when(shape)) for row in _by_rows),
+        Row(_attention(64, 4), _fills(64)),
+        Row(_attention(128, 8)),
+    ],
 }

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pylumiere.kernels import factorized_conv as op
 from pylumiere.kernels import launching
 from pylumiere.kernels.implicit_gemm import pack_weight
@@ -46,6 +48,14 @@ def run(tensors, options, fused=True):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_matches_reference(shape, dtype):
     tensors, options = make(shape, dtype)
+    expected = op.reference(**{name: value.double() for name, value in tensors.items()}, **options)
+    assert_close(run(tensors, options), expected, kind="matmul")
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=st.tuples(*(st.integers(1, n) for n in (2, 6, 5, 5, 40, 40, 40))), fused=st.booleans())
+def test_any_shape(shape, fused):
+    tensors, options = make(shape, torch.float32, fused)
     expected = op.reference(**{name: value.double() for name, value in tensors.items()}, **options)
     assert_close(run(tensors, options), expected, kind="matmul")
 

@@ -21,7 +21,7 @@ FAULTS = {
     "unwritten tail": ("mask_y = mask_m[:, None]", "mask_y = (offs_m < pixels_out - 1)[:, None]"),
     "swapped shift direction": ("offs_c < fold_next, 1, tl.where(", "offs_c < fold_next, -1, tl.where("),
     "channel tail": ("mask_c = offs_c < C * is_inside", "mask_c = offs_c < (C - 1) * is_inside"),
-    "affine of the wrong frame": ("(b * T + frame) * C", "(b * T + t) * C"),
+    "affine of the wrong frame": ("(frame - t) * C + offs_c", "offs_c"),
 }
 
 

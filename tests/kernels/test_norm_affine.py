@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pylumiere.kernels import launching
 from pylumiere.kernels import norm_affine as op
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +24,13 @@ SHAPES = shapes("N S C num_groups", [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_statistics_match_reference(shape, dtype):
     x = torch.randn(*shape[:3]).to(dtype)
+    assert_close(op.launch_statistics(x.to(DEVICE)).cpu(), op.statistics_reference(x.double()))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(shape=st.tuples(st.integers(1, 3), st.integers(2, 150), st.integers(1, 40)), dtype=st.sampled_from(DTYPES))
+def test_statistics_of_any_shape(shape, dtype):
+    x = torch.randn(shape).to(dtype)
     assert_close(op.launch_statistics(x.to(DEVICE)).cpu(), op.statistics_reference(x.double()))
 
 

@@ -117,9 +117,9 @@ def test_strided_input():
     assert torch.equal(run(tensors | {"x": view}, options)[0], expected)
 
 
-@pytest.mark.parametrize("axis", ["frame", "row"])
+@pytest.mark.parametrize("axis", ["frame", "row", "column"])
 def test_offsets_beyond_int32(axis):
-    """Frames and rows that lie 2^31 elements apart, on zero pages that nobody touches."""
+    """Frames, rows and columns that lie 2^31 elements apart, on zero pages that nobody touches."""
     reach = 2**31 + 64
     if DEVICE == "cuda":
         memory = torch.zeros(reach + 4096, dtype=torch.float16, device=DEVICE)
@@ -128,7 +128,8 @@ def test_offsets_beyond_int32(axis):
     if axis == "frame":
         x = memory.as_strided((1, 2, 2, 2, 16), (0, reach, 32, 16, 1))
     else:
-        x = memory.as_strided((1, 1, 2, 2, 16), (0, 0, reach, 16, 1))
+        strides = (reach, 16) if axis == "row" else (16, reach)
+        x = memory.as_strided((1, 1, 2, 2, 16), (0, 0, *strides, 1))
     x.copy_(torch.randn(x.shape))
     tensors, _ = make((1, 2 if axis == "frame" else 1, 2, 2, 16, 16, 3), torch.float16)
     y, _ = op.launch(x, pack_weight(tensors["weight"]).to(DEVICE))

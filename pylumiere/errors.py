@@ -1,4 +1,4 @@
-"""The errors that callers may want to catch. Each is a subclass of the built-in that fits, so `except ValueError` works.
+"""Errors that callers may want to catch. Each is a subclass of the built-in that fits: `except ValueError` works.
 
 Every message is one line that names the value and what is allowed. The command line turns the user's mistakes
 (`USER_ERRORS`) into that line and exit code 2.

@@ -155,16 +155,19 @@ def upscale(
     as_json: Json = False,
 ) -> None:
     """Super-resolution alone, for clips of any length. Sound is dropped."""
-    from pylumiere.video import VideoReader
+    from pylumiere.video import PIPE, VideoReader
 
     begun = time.monotonic()
     _check_outputs(output, sheet)
+    if loop and source == PIPE:
+        raise InvalidRequest("--loop needs an input whose length is known; - is a pipe")
     with VideoReader(source) as reader, _Bars() as bars:
         engine = _load(model, backend, device, precision)
         loaded = time.monotonic()
         chunks = engine.upscale(
-            reader, fps=fps or reader.fps, num_frames=reader.num_frames, seed=seed, loop=loop,
-            num_inference_steps=steps, window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback,
+            reader, fps=fps or reader.fps, num_frames=None if source == PIPE else reader.num_frames, seed=seed,
+            loop=loop, num_inference_steps=steps, window_frames=window, window_overlap=overlap,
+            callback_on_step_end=bars.callback,
         )  # fmt: skip
         metadata = _write_stream(chunks, output, sheet, "")
     seconds = {"load": loaded - begun, "all": time.monotonic() - begun}

@@ -120,9 +120,13 @@ def test_upscale_of_any_length_and_through_pipes(tiny, folder, capsys):
         done = subprocess.run(command, stdin=source, stdout=target, stderr=subprocess.PIPE, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(b"-: 11 frames")
-    # The index of small.mp4 tells the number of frames, piped or not, so the windows are the same.
+    # On a pipe the length is not known in advance; the windows are the same all the same.
     assert np.array_equal(read_video("piped.mp4").frames, read_video("large.mp4").frames)
     assert sorted(os.listdir(folder)) == ["large.mp4", "piped.mp4", "s.png", "small.mp4"]
+    assert main(["upscale", "-", "--model", tiny, "-o", "looped.mp4", "--loop"]) == 2
+    assert capsys.readouterr().err == "pylumiere: --loop needs an input whose length is known; - is a pipe\n"
+    assert main(["upscale", "small.mp4", "--model", tiny, "-o", "looped.mp4", "--loop"]) == 0
+    assert not np.array_equal(read_video("looped.mp4").frames, read_video("large.mp4").frames)
 
 
 BAD = {

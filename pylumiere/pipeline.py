@@ -416,7 +416,7 @@ def _sample(
             plan=stage.windows, seed=seed, stage=stage.number, guidance_scale=stage.guidance_scale,
             guidance_rescale=stage.guidance_rescale, clip=1.0, threshold=stage.threshold or None, capacity=capacity,
             fixed_batch=fixed_batch, on_step=report if hooks.on_progress else None,
-            should_stop=hooks.should_stop, **start,
+            should_stop=hooks.should_stop, num_threads=call.backend.num_threads, **start,
         )  # fmt: skip
     except NonFiniteOutput as error:
         text = (

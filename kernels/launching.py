@@ -28,9 +28,14 @@ _recording: ContextVar["Recording | None"] = ContextVar("pylumiere_recording", d
 # ---- run ---------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _empty_kernel():
+    pass
+
+
 def interpreted() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels run on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether this module was imported with TRITON_INTERPRET=1, so that kernels run on CPU tensors."""
+    return not isinstance(_empty_kernel, triton.JITFunction)
 
 
 def is_symbolic(x: torch.Tensor) -> bool:

@@ -1,14 +1,19 @@
 """The Triton backend: a small STUNet through the kernels equals the plain one; whole networks as recordings."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pylumiere.kernels import launching
 
-from pylumiere.backends.triton import TritonOps, set_backend
-from pylumiere.config import LevelConfig, STUNetConfig, stage_preset
+from pylumiere.backends import Choice
+from pylumiere.backends.torch import TorchBackend
+from pylumiere.backends.triton import TritonBackend, TritonOps, set_backend
+from pylumiere.checkpoint import Checkpoint
+from pylumiere.config import LevelConfig, ModelConfig, StageConfig, STUNetConfig, stage_preset
 from pylumiere.errors import UnsupportedDevice
 from pylumiere.model import PlainOps, STUNet
-from pylumiere.testing import assert_close, rel_rms
+from pylumiere.testing import assert_close, random_weights, rel_rms
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 
@@ -131,6 +136,19 @@ def test_statistics_travel_from_epilogue_to_norm():
     recording = record(*on_meta(BASE), arch=90)
     names = [call.name for call in recording.calls]
     assert names.count("norm_affine") > names.count("channel_statistics")
+
+
+def test_the_backend_of_the_engine_predicts_what_the_plain_one_does():
+    config = ModelConfig("small", StageConfig(BASE), StageConfig(SSR), text_encoder="hash")
+    checkpoint = Checkpoint(Path("nowhere"), config, random_weights(BASE, 0), random_weights(SSR, 1))
+    sample, level = torch.randn(2, 1, 8, 8, 6), torch.rand(2)
+    predictions = []
+    for name, backend in (("torch", TorchBackend), ("triton", TritonBackend)):
+        ready = backend(checkpoint, Choice(name, torch.device(DEVICE), "fp32", "for the test"))
+        operands = (value.to(DEVICE) for value in (sample, torch.tensor([10.0, 700.0])))
+        predictions.append(ready.predict("ssr", *operands, noise_level=level.to(DEVICE)).cpu())
+        assert ready.name == name
+    assert rel_rms(predictions[1], predictions[0]) < 1e-5
 
 
 @pytest.mark.gpu

@@ -253,7 +253,7 @@ def _check(x, weight, bias, num_groups, over, scale, shift, statistics) -> None:
         if statistics.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"groupnorm_silu: statistics has dtype {statistics.dtype}; float32 is needed")
         if not statistics.is_contiguous():
-            raise ValueError(f"groupnorm_silu: statistics has stride {tuple(statistics.stride())}; it must be contiguous")
+            raise ValueError(f"groupnorm_silu: statistics has stride {statistics.stride()}; it must be contiguous")
 
 
 def cost(

@@ -159,13 +159,19 @@ def _fills(block: int) -> Callable[[dict[str, Any]], bool]:
     return lambda shape: shape["T"] <= block and (block // shape["T"]) * shape["T"] >= 0.75 * block
 
 
+def _float32_and(when: Callable[[dict[str, Any]], bool]) -> Callable[[dict[str, Any]], bool]:
+    return lambda shape: shape["dtype"] == torch.float32 and when(shape)
+
+
 def _attention(block: int, num_warps: int, matrix: bool = True) -> Config:
     return Config({"BLOCK_M": block, "MATRIX": matrix}, num_warps, 1)
 
 
 _by_rows = [  # one key frame after the other, where there is no matrix instruction
-    Row(_attention(32, 4, False), _fills(32)), Row(_attention(64, 4, False), _fills(64)), Row(_attention(128, 8, False)),
-]  # fmt: skip
+    Row(_attention(32, 4, False), _fills(32)),
+    Row(_attention(64, 8, False), _fills(64)),
+    Row(_attention(128, 16, False)),
+]
 TABLE["temporal_attention"] = {
     0: [
         Row(_attention(32, 1, False), lambda shape: shape["dtype"] == torch.float32 and shape["T"] <= 32),
@@ -176,7 +182,7 @@ TABLE["temporal_attention"] = {
     ],
     75: _by_rows,
     80: [
-        *(Row(row.config, lambda shape, row=row: shape["dtype"] == torch.float32 and row.when(shape)) for row in _by_rows),
+        *(Row(row.config, _float32_and(row.when)) for row in _by_rows),
         Row(_attention(64, 4), _fills(64)),
         Row(_attention(128, 8)),
     ],

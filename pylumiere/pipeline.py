@@ -214,15 +214,15 @@ def _given(request: GenerationRequest, num_frames: int, height: int, width: int)
     outside = None
     if request.mask is not None:
         # A pixel of the small frame is kept only where all of its area is: the seam is made anew.
-        mask = torch.from_numpy(request.mask.reshape(-1, *request.mask.shape[-2:], 1).copy())
-        outside = (_fit(1 - mask, height, width) > 0.999).float()
+        mask = request.mask.reshape(-1, *request.mask.shape[-2:], 1)
+        outside = (_fit(mask, height, width) < 0.001).float()
     if request.image is not None:
-        given[:] = _fit(torch.from_numpy(request.image.copy())[None], height, width) * 2 - 1
+        given[:] = _fit(request.image[None], height, width) * 2 - 1
         keep[0] = 1
         if outside is not None:
             keep[1:] = outside.expand(num_frames, -1, -1, -1)[1:]
     elif request.video is not None:
-        clip = _fit(torch.from_numpy(request.video.copy()), height, width) * 2 - 1
+        clip = _fit(request.video, height, width) * 2 - 1
         if outside is None:
             return torch.cat([given, keep], -1), None if request.strength == 1.0 else clip.numpy()
         given, keep = clip, outside.expand(num_frames, -1, -1, -1)
@@ -231,13 +231,19 @@ def _given(request: GenerationRequest, num_frames: int, height: int, width: int)
     return torch.cat([given * keep, keep], -1), None
 
 
-def _fit(frames: Tensor, height: int, width: int) -> Tensor:
-    """[T, H, W, C] scaled to cover height x width, smoothed against aliasing, and cropped in the middle."""
+def _fit(frames: np.ndarray, height: int, width: int) -> Tensor:
+    """[T, H, W, C], uint8 or float in 0..1, as float32 [T, height, width, C]: scaled to cover, middle cropped."""
     scale = max(height / frames.shape[1], width / frames.shape[2])
     covering = [max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))]
-    scaled = F.interpolate(frames.permute(0, 3, 1, 2), covering, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return scaled[:, top : top + height, left : left + width].contiguous()
+    fitted = []
+    for frame in frames:  # one at a time: the input may be large
+        pixels = torch.from_numpy(frame.astype(np.float32)).permute(2, 0, 1)[None]
+        if frame.dtype == np.uint8:
+            pixels = pixels / 255
+        pixels = F.interpolate(pixels, covering, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        fitted.append(pixels[top : top + height, left : left + width])
+    return torch.stack(fitted)
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------

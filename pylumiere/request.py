@@ -22,7 +22,7 @@ MAX_PROMPT_CHARACTERS = 20_000
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 8_192
 MAX_STEPS = 1_000
-MAX_INPUT_BYTES = 2**31  # of one image, video or mask, as float32
+MAX_INPUT_BYTES = 2**31  # of one image, video or mask
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GenerationRequest(BaseModel):
         sampler: "ddpm", "ddim", "dpmpp_2m" or "euler" (flow models).
         image: [H, W, 3]; the clip's first frame.
         video: [T, H, W, 3]; conditions every frame where `mask` is 0. Without a mask it is the start that `strength`
-            adds noise to.
+            below 1 adds noise to.
         mask: [H, W] or [T, H, W]; 1 (white) where the clip is to be made, 0 where `video` (or `image`) is kept.
         strength: with `video` and no mask, the share of the noise schedule to run, in 0..1 without 0.
         window_frames, window_overlap: temporal windows of the super-resolution stage.
@@ -161,6 +161,10 @@ class GenerationRequest(BaseModel):
             raise ValueError("image and video are both given; give one of them")
         if self.mask is not None and self.image is None and self.video is None:
             raise ValueError("mask is given without a video or an image to keep")
+        if self.video is not None and self.mask is None and self.strength == 1.0:
+            raise ValueError(
+                "video is given without a mask and strength=1 keeps nothing of it; give a strength below 1"
+            )
         if self.strength != 1.0 and self.video is None:
             raise ValueError(f"strength={self.strength} has no meaning without a video")
         mask_frames = len(self.mask) if self.mask is not None and self.mask.ndim == 3 else None
@@ -176,7 +180,7 @@ class GenerationRequest(BaseModel):
 
 
 def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndarray:
-    """A read-only float32 array in 0..1, from uint8 (0..255), bool or float (0..1); numpy, torch and PIL are taken."""
+    """A read-only copy: uint8, or float32 in 0..1 (from any float, or bool). numpy, torch and PIL are taken."""
     if hasattr(value, "convert") and hasattr(value, "mode"):  # a PIL image; PIL itself is not imported here
         value = value.convert("RGB" if channels else "L")
     is_array = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
@@ -185,10 +189,10 @@ def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndar
     array = np.asarray(value)
     if array.ndim != ndim or 0 in array.shape or (channels is not None and array.shape[-1] != channels):
         raise ValueError(f"should have shape {layout}, not {list(array.shape)}")
-    if max(array.shape[-3:-1] if channels else array.shape[-2:]) > MAX_SIDE or array.size * 4 > MAX_INPUT_BYTES:
+    if max(array.shape[-3:-1] if channels else array.shape[-2:]) > MAX_SIDE or array.nbytes > MAX_INPUT_BYTES:
         raise ValueError(f"shape {list(array.shape)} is too large: at most {MAX_SIDE} a side, {MAX_INPUT_BYTES} bytes")
     if array.dtype == np.uint8:
-        array = array.astype(np.float32) / np.float32(255)
+        array = array.copy()
     elif array.dtype == bool or array.dtype in (np.float16, np.float32, np.float64):
         array = array.astype(np.float32)
         if not (array.min() >= 0 and array.max() <= 1):  # also true for NaN

@@ -73,8 +73,8 @@ def test_a_drawn_seed_is_reported_and_differs():
         ({"sampler": "euler"}, "sampler='euler'"),
         ({"window_frames": 1, "window_overlap": 1}, "window_overlap=1 should be smaller"),
         ({"window_overlap": 4}, "window_overlap=4 should be smaller than window_frames=4"),
-        ({"video": np.zeros((7, 4, 4, 3), np.uint8)}, "num_frames=7: this model makes"),
-        ({"video": np.zeros((8, 4, 4, 3), np.uint8), "num_frames": 6}, "num_frames=6: video has 8 frames"),
+        ({"video": np.zeros((7, 4, 4, 3), np.uint8), "strength": 0.5}, "num_frames=7: this model makes"),
+        ({"video": np.zeros((8, 4, 4, 3), np.uint8), "strength": 0.5, "num_frames": 6}, "num_frames=6: video has 8"),
         (
             {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.zeros((6, 4, 4), bool)},
             "num_frames=8: mask has 6 frames",
@@ -141,7 +141,12 @@ def test_strength_starts_from_the_video_and_runs_fewer_steps():
     plan = plan_of(video=CLIP, strength=0.5)
     np.testing.assert_allclose(plan.initial, CLIP * 2 - 1, atol=1e-6)
     assert len(plan.base.table.timesteps) == 2 and not plan.conditioning.any()
-    assert plan_of(video=CLIP).initial is None
+
+
+def test_uint8_and_float_pixels_are_the_same_picture():
+    eight_bit = np.random.default_rng(3).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    one, two = (plan_of(image=image).conditioning for image in (eight_bit, eight_bit / 255))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
 # ---- the two stages against a loop over the whole clip ---------------------------------------------------------------

@@ -101,13 +101,15 @@ def test_seed_range(seed):
     assert GenerationRequest(prompt="x", seed=seed).seed == seed
 
 
-def test_pixels_become_float_in_0_1_whatever_they_came_as():
+def test_pixels_stay_uint8_or_become_float32():
     ramp = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
-    expected = ramp.astype(np.float32) / 255
-    for given in (ramp, torch.from_numpy(ramp), Image.fromarray(ramp), ramp.astype(np.float64) / 255):
+    for given in (ramp, torch.from_numpy(ramp), Image.fromarray(ramp)):
         image = GenerationRequest(prompt="x", image=given).image
-        assert image.dtype == np.float32 and image.shape == (6, 8, 3)
-        np.testing.assert_allclose(image, expected, atol=1e-7)
+        assert image.dtype == np.uint8
+        np.testing.assert_array_equal(image, ramp)
+    image = GenerationRequest(prompt="x", image=ramp.astype(np.float64) / 255).image
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image * 255, ramp, atol=1e-4)
     mask = GenerationRequest(prompt="x", video=FRAMES, mask=np.eye(6, 8, dtype=bool)).mask
     np.testing.assert_array_equal(mask, np.eye(6, 8, dtype=np.float32))
 
@@ -135,6 +137,7 @@ def test_the_users_array_is_not_touched_or_shared():
         ({"video": FRAMES, "mask": np.zeros((3, 6, 8), bool)}, "mask has 3 frames and video has 4"),
         ({"video": FRAMES, "mask": np.zeros((6, 6), bool)}, "mask is 6 x 6 and the frames are 6 x 8"),
         ({"strength": 0.5}, "strength=0.5 has no meaning without a video"),
+        ({"video": FRAMES}, "video is given without a mask and strength=1 keeps nothing of it"),
         ({"window_frames": 4, "window_overlap": 4}, "window_overlap=4 should be smaller than window_frames=4"),
     ],
 )

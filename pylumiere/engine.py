@@ -430,7 +430,7 @@ class _JobThread:
     """One thread that runs jobs in order. It starts with the first job and does not keep the engine alive."""
 
     def __init__(self):
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the engine's finalizer may run inside
         self._changed = threading.Condition(self._lock)
         self._waiting: list[tuple[Callable[[Job], Video], Job]] = []
         self._running: Job | None = None

@@ -72,7 +72,7 @@ Model = Annotated[str, typer.Option(help="A shipped model's name (demo) or a mod
 Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
 Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Sheet = Annotated[str | None, typer.Option(help="Also write a contact sheet, a PNG of every 8th frame.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bytes; drawn at random if not given.")]

@@ -113,9 +113,10 @@ def _cpu_generation() -> Finding:
     name = "generate on the CPU"
     if (version := _version("torch")) is None:
         return Finding(name, False, "torch is not installed", "pip install torch")
-    flags = cpu_flags()
-    matrix = "bfloat16 by AMX" if "amx_bf16" in flags else "float32; this CPU has no AMX for bfloat16"
-    return Finding(name, True, f"torch {version}, {matrix}")
+    from pylumiere.backends.choice import choose
+
+    choice = choose("auto", "cpu", "auto")
+    return Finding(name, True, f"torch {version}, {choice.precision}: {choice.reason}")
 
 
 def _demo_model() -> Finding:
@@ -160,11 +161,14 @@ def _gpu_generation() -> Finding:
     if not torch.cuda.is_available():
         detail = "the driver is there, but torch finds no device" if has_driver else "there is no NVIDIA driver"
         return Finding(name, False, detail, "nvidia-smi should list the GPU" if has_driver else "")
+    from pylumiere.backends.choice import choose
+
+    choice = choose("auto", "cuda", "auto")
     devices = []
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         devices.append(f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
-    return Finding(name, True, "; ".join(devices))
+    return Finding(name, True, f"{'; '.join(devices)}; {choice.backend}, {choice.precision}: {choice.reason}")
 
 
 def _gpu_kernels() -> Finding:

@@ -41,13 +41,13 @@ class Checkpoint:
 
 
 def find_model(source: str | os.PathLike) -> Path:
-    """The folder of a shipped model's name or of a path.
+    """The folder of a shipped model's name, or of a path. A folder of a shipped name is given as ./demo.
 
     Raises:
         BundleError: no such name or folder; the shipped names are listed.
     """
     path = Path(source)
-    if str(source) in SHIPPED and not path.is_dir():
+    if str(source) in SHIPPED:
         path = Path(str(importlib.resources.files("pylumiere") / str(source)))
         if not (path / "config.json").is_file():
             raise BundleError(f"model {str(source)!r} is not part of this installation: {path} has no config.json")

@@ -185,6 +185,18 @@ def test_config_values_that_are_refused(folder, keys, value, message):
         load_checkpoint(folder)
 
 
+def test_a_folder_nearby_does_not_hide_a_shipped_model(folder, monkeypatch):
+    (folder / "demo").mkdir()
+    monkeypatch.chdir(folder)
+    assert find_model("./demo").resolve() == folder / "demo"
+    try:
+        found = find_model("demo")
+    except BundleError as error:  # an installation without the weights
+        assert "is not part of this installation" in str(error)
+    else:
+        assert (found / "config.json").is_file()
+
+
 def test_sources(folder, tmp_path):
     assert find_model(folder) == folder
     with pytest.raises(BundleError, match="'nothing/here' does not exist; give a folder or one of: demo"):

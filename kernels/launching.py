@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +104,9 @@ def launch(
             f"{kernel_name(kernel)} needs a GPU (its tensors are on {tensors[0].device}); "
             "on the CPU set TRITON_INTERPRET=1 before Triton is imported, or use the plain backend"
         )
-    kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+    on_device = torch.cuda.device(tensors[0].device) if tensors and tensors[0].is_cuda else nullcontext()
+    with on_device:  # Triton launches on the current device, whatever the tensors' is
+        kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
 
 
 def kernel_name(kernel: Any) -> str:

@@ -123,7 +123,7 @@ def _affine_kernel(
     m2_c = tl.load(statistics_ptr + n * 2 * C + C + offs_c, mask=mask, other=0.0)
     mean = tl.sum(mean_c, axis=0) / group_size
     centred = tl.where(mask, mean_c - mean, 0.0)
-    pixels_f = pixels.to(tl.float32)
+    pixels_f = 1.0 * pixels  # Triton's launcher turns the size 1 into a constant, which has no .to()
     variance = tl.sum(m2_c + pixels_f * centred * centred, axis=0) / (pixels_f * group_size)
     rstd = 1.0 / tl.sqrt(variance + eps)
     mul = rstd * tl.load(gamma_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pylumiere.kernels import aot, launching, spatial_conv
+from pylumiere.kernels import aot, factorized_conv, launching, norm_affine, spatial_conv, temporal_conv
 from pylumiere.kernels.tuning import ARCHITECTURES, SHARED_MEMORY
 
 
@@ -52,6 +52,30 @@ def test_the_shift_keeps_its_loads_wide(compiled):
     """Whole 16-byte loads as without a shift: the shift costs no memory instruction of its own."""
     assert compiled["shift"]["wide_loads"] == compiled["sm90"]["wide_loads"] > 0
     assert compiled["unaligned shift"]["wide_loads"] < compiled["shift"]["wide_loads"]
+
+
+def with_ones_as_constants(launch):
+    """Triton's launcher compiles integer arguments of value 1 as constants; so does this."""
+    specialisation = launch.specialisation()
+    for name, value in launch.args.items():
+        if isinstance(value, int) and value == 1:
+            specialisation["signature"][name] = "constexpr"
+            specialisation["constants"][name] = 1
+    return specialisation
+
+
+def test_sizes_of_one_compile_as_constants(folder):
+    x = torch.empty(1, 1, 1, 1, 1, device="meta")
+    row, weight = torch.empty(1, 1, device="meta"), x.new_empty(1, 1, 3)
+    with launching.record(90) as recording:
+        spatial_conv.launch(x, x.new_empty(1, 1, 3, 3), x.new_empty(1), row, row, x, True, statistics=True)
+        temporal_conv.launch(x, weight, x.new_empty(1), row, row, x, True)
+        norm_affine.launch(norm_affine.launch_statistics(x[0, 0]), 1, row[0], row[0], 1, 1e-5, x[0, 0], x[0, 0])
+        half = x.half()
+        factorized_conv.launch(half, half.new_empty(1, 1, 3, 3), None, weight.half(), fused=True)
+    tasks = [(with_ones_as_constants(launch), 90) for launch in recording.launches]
+    assert len(tasks) == 5
+    assert [facts.get("error") for facts in aot.compile_many(tasks, folder=folder)] == [None] * 5
 
 
 def test_compiled_kernels_are_kept(compiled, folder, monkeypatch):

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pylumiere import _runtime
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.config import ModelConfig, StageConfig
 from pylumiere.errors import InvalidRequest
@@ -32,7 +31,7 @@ from pylumiere.request import GenerationRequest, Progress
 from pylumiere.samplers import SamplerTable, make_table
 from pylumiere.schedules import make_schedule
 from pylumiere.text import TextEncoder
-from pylumiere.windows import FrameBuffer, NonFiniteOutput, StepInfo, WindowPlan, memory_bytes, sample_clip
+from pylumiere.windows import FrameBuffer, NonFiniteOutput, StepInfo, WindowPlan, frame_noise, memory_bytes, sample_clip
 
 # Stage numbers in the key of the noise; 2 is the noise on the SSR's low-resolution input.
 BASE, SSR, AUGMENTATION = 0, 1, 2
@@ -192,12 +191,7 @@ def _side(name: str, value: int | None, made_for: int, step: int) -> int:
 def _table(stage: StageConfig, sampler: str, steps: int, strength: float = 1.0) -> SamplerTable:
     settings = stage.schedule
     schedule = make_schedule(settings.name, settings.num_train_timesteps, settings.logsnr_shift)
-    try:
-        return make_table(sampler, schedule, settings.prediction_type, steps, strength=strength)
-    except ValueError as error:
-        raise InvalidRequest(
-            f"sampler={sampler!r}, num_inference_steps={steps}, strength={strength}: {error}"
-        ) from error
+    return make_table(sampler, schedule, settings.prediction_type, steps, strength=strength)
 
 
 # ---- what is given: image, video, mask ------------------------------------------------------------------------------
@@ -325,16 +319,10 @@ def _upscaled(
     low: Iterable[np.ndarray], num_frames: int | None, height: int, width: int, seed: int, level: float
 ) -> Iterator[np.ndarray]:
     """Noise of a known level on each low-resolution frame, then bilinear upscaling: the SSR's conditioning."""
-    pool = _runtime.ThreadPool(1)
-    signed_seed = seed - 2**64 if seed >= 2**63 else seed  # the key's columns are int64
-    key = np.array([[signed_seed, AUGMENTATION, -1, 0, 0]], np.int64)
     index = -1
     for index, frame in enumerate(low):
         if level > 0:
-            key[0, 3] = index
-            noise = np.empty((1, frame.size), np.float32)
-            _runtime.frame_noise(key, noise, pool)
-            frame = frame + np.float32(level) * noise.reshape(frame.shape)
+            frame = frame + np.float32(level) * frame_noise(seed, AUGMENTATION, -1, [index], frame.shape)[0]
         pixels = torch.from_numpy(np.ascontiguousarray(frame, np.float32)).permute(2, 0, 1)[None]
         large = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
         yield large[0].permute(1, 2, 0).contiguous().numpy()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pylumiere
 from pylumiere.checkpoint import build_network, expected_shapes, find_model, load_checkpoint, save_checkpoint
 from pylumiere.config import ModelConfig, model_preset
 from pylumiere.errors import BundleError
@@ -189,12 +191,12 @@ def test_a_folder_nearby_does_not_hide_a_shipped_model(folder, monkeypatch):
     (folder / "demo").mkdir()
     monkeypatch.chdir(folder)
     assert find_model("./demo").resolve() == folder / "demo"
-    try:
-        found = find_model("demo")
-    except BundleError as error:  # an installation without the weights
-        assert "is not part of this installation" in str(error)
-    else:
-        assert (found / "config.json").is_file()
+    shipped = Path(pylumiere.__file__).parent / "demo"
+    if (shipped / "config.json").is_file():
+        assert find_model("demo").resolve() == shipped.resolve()
+    else:  # an installation without the weights
+        with pytest.raises(BundleError, match="'demo' is not part of this installation"):
+            find_model("demo")
 
 
 def test_sources(folder, tmp_path):

@@ -236,11 +236,24 @@ def test_base_equals_a_plain_loop(checkpoint, pipeline, fields):
     assert np.abs(result).max() <= 1
 
 
-@pytest.mark.parametrize(("num_frames", "window", "overlap"), [(8, 4, 1), (9, 4, 3), (5, 5, 0), (4, 4, 2)])
+@pytest.mark.parametrize(
+    ("num_frames", "window", "overlap", "sampler", "steps"),
+    [
+        (8, 4, 1, "dpmpp_2m", 2),
+        (9, 4, 3, "dpmpp_2m", 4),
+        (9, 4, 2, "ddpm", 3),
+        (7, 2, 1, "ddim", 3),
+        (5, 5, 0, "ddpm", 2),
+        (4, 4, 2, "dpmpp_2m", 3),
+    ],
+)
 @torch.inference_mode()
-def test_ssr_equals_a_plain_loop_over_windows(checkpoint, pipeline, num_frames, window, overlap):
+def test_ssr_equals_a_plain_loop_over_windows(checkpoint, num_frames, window, overlap, sampler, steps):
+    sampling = dataclasses.replace(CONFIG.ssr.sampling, sampler=sampler)
+    config = dataclasses.replace(CONFIG, ssr=dataclasses.replace(CONFIG.ssr, sampling=sampling))
+    pipeline = make_pipeline(dataclasses.replace(checkpoint, config=config))
     low = np.random.default_rng(1).uniform(-1, 1, (num_frames, 8, 8, 3)).astype(np.float32)
-    stage = plan_ssr(CONFIG, 16, 16, num_frames=num_frames, window=window, overlap=overlap)
+    stage = plan_ssr(config, 16, 16, num_frames=num_frames, window=window, overlap=overlap, num_inference_steps=steps)
     pieces = list(pipeline.ssr(stage, low, seed=2**63 + 5))
     starts = [start for start, _ in pieces]
     assert starts == np.cumsum([0] + [len(frames) for _, frames in pieces[:-1]]).tolist()

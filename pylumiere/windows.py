@@ -29,7 +29,7 @@ from pylumiere._runtime import FrameQueue, WindowPlan
 
 __all__ = [
     "BackgroundWriter", "Batch", "BatchSampler", "FrameBuffer", "FrameQueue", "FrameSource", "NonFiniteOutput",
-    "StepInfo", "WindowPlan", "in_background", "memory_bytes", "sample_clip", "to_uint8", "to_yuv420p",
+    "StepInfo", "WindowPlan", "frame_noise", "in_background", "memory_bytes", "sample_clip", "to_uint8", "to_yuv420p",
 ]  # fmt: skip
 
 
@@ -417,6 +417,28 @@ class FrameBuffer:
     def __len__(self) -> int:
         """Frames held."""
         return len(self._held)
+
+
+def frame_noise(
+    seed: int, stage: int, step: int, frames: Iterable[int], frame_shape: tuple[int, ...], num_threads: int | None = 1
+) -> np.ndarray:
+    """Standard normals float32 [n, *frame_shape] of whole frames; see `pylumiere.kernels.denoise_step.frame_noise`.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        stage: 0 base, 1 SSR, 2 noise augmentation of the SSR's low-resolution input.
+        step: index of the sampler step; -1 for the initial noise.
+        frames: indices of the frames in the clip.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} is outside [0, 2^64)")
+    indices = np.asarray(frames, np.int64).ravel()
+    key = np.zeros((len(indices), 5), np.int64)
+    key[:, 0] = np.uint64(seed).astype(np.int64)
+    key[:, 1], key[:, 2], key[:, 3] = stage, step, indices
+    out = np.empty((len(indices), math.prod(frame_shape)), np.float32)
+    _runtime.frame_noise(key, out, _pool(num_threads))
+    return out.reshape(len(indices), *frame_shape)
 
 
 # ---- pixels --------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def compile_many(
 
 def _start_worker(folder: Path) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pylumiere.kernels.aot", "--worker", str(folder)]
+    command = [sys.executable, "-P", "-m", "pylumiere.kernels.aot", "--worker", str(folder)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 

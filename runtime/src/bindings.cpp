@@ -380,6 +380,34 @@ NB_MODULE(_runtime, m) {
   m.def("denoise_step", &denoise_step, "x"_a, "x0_prev"_a.none(), "out"_a, "rows"_a, "weights"_a, "coef"_a, "key"_a,
         "x_next"_a, "x0"_a, "pool"_a, "instruction_set"_a = nb::none(),
         "The sampler step of kernels/denoise_step.py on CPU arrays: writes x_next (may be x) and x0 (may be x0_prev).");
+#ifdef LUMIERE_CUDA
+  using DeviceFloats = nb::ndarray<float, nb::c_contig, nb::device::cuda, nb::ndim<2>>;
+  m.def("denoise_step_cuda",
+        [](DeviceFloats x, std::optional<DeviceFloats> x0_prev, nb::ndarray<nb::c_contig, nb::device::cuda, nb::ndim<3>> out,
+           nb::ndarray<std::int32_t, nb::c_contig, nb::device::cuda, nb::ndim<2>> rows, DeviceFloats weights,
+           nb::ndarray<float, nb::c_contig, nb::device::cuda, nb::shape<-1, 10>> coef,
+           nb::ndarray<std::int64_t, nb::c_contig, nb::device::cuda, nb::shape<-1, 5>> key, DeviceFloats x_next,
+           DeviceFloats x0, std::uintptr_t stream) {
+          const std::size_t n = x.shape(0), values = x.shape(1);
+          const auto same = [&](const auto& a) { return a.shape(0) == n && a.shape(1) == values; };
+          require(same(x_next) && same(x0) && (!x0_prev || same(*x0_prev)), "x, x0_prev, x_next and x0 differ in shape");
+          require(out.shape(2) == values && rows.shape(0) == n && weights.shape(0) == n &&
+                      weights.shape(1) == rows.shape(1) && coef.shape(0) == n && key.shape(0) == n,
+                  "out, rows, weights, coef or key do not fit x");
+          const ElementType type = element_type(out.dtype());
+          const OutType out_type = type == ElementType::float32   ? OutType::kFloat32
+                                   : type == ElementType::float16 ? OutType::kFloat16
+                                                                  : OutType::kBFloat16;
+          const DenoiseStepArgs args{x.data(), x0_prev ? x0_prev->data() : nullptr, out.data(), rows.data(), weights.data(),
+                                     coef.data(), key.data(), x_next.data(), x0.data(), static_cast<std::int64_t>(n),
+                                     static_cast<std::int64_t>(values), static_cast<std::int64_t>(out.shape(1)),
+                                     static_cast<std::int32_t>(rows.shape(1)), static_cast<std::int32_t>(out.shape(0))};
+          nb::gil_scoped_release release;
+          denoise_step_on_stream(args, out_type, stream);
+        },
+        "x"_a, "x0_prev"_a.none(), "out"_a, "rows"_a, "weights"_a, "coef"_a, "key"_a, "x_next"_a, "x0"_a, "stream"_a,
+        "denoise_step on CUDA arrays, enqueued on `stream` (an integer handle). Does not synchronise.");
+#endif
   m.def("frame_noise", [](Array<const std::int64_t, nb::shape<-1, 5>> key, Array<float, nb::ndim<2>> out, ThreadPool& pool,
                           std::optional<int> instruction_set) {
     require(key.shape(0) == out.shape(0), "key and out must have one row a frame");

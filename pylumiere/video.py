@@ -154,8 +154,8 @@ class VideoWriter:
         frames = _as_uint8(frames if np.ndim(frames) == 4 else np.asarray(frames)[None])
         size = frames.shape[1:3]
         if self._size is None:
-            if self._format == "mp4" and (size[0] % 2 or size[1] % 2):
-                raise VideoError(f"mp4 takes even sizes, not {size[1]} x {size[0]}; write webm, gif or a PNG folder")
+            if self._format in ("mp4", "webm") and (size[0] % 2 or size[1] % 2):
+                raise VideoError(f"{self._format} takes even sizes, not {size[1]} x {size[0]}; give .gif or a folder")
             self._size = size
         if size != self._size:
             height, width = self._size
@@ -307,7 +307,11 @@ class _Yuv(_Container):
         return stream
 
     def _picture(self, frame: np.ndarray):
-        return super()._picture(frame).reformat(format=self.pixel_format, dst_colorspace="ITU709", dst_color_range=1)
+        # Our own conversion: swscale takes another path, with other roundings, depending on where a buffer lies.
+        from pylumiere.windows import to_yuv420p
+
+        planes = to_yuv420p(frame[None].astype(np.float32) / np.float32(127.5) - np.float32(1), matrix="bt709")
+        return _import_av().VideoFrame.from_ndarray(planes[0], format="yuv420p")
 
 
 class _Mp4(_Yuv):
@@ -435,6 +439,8 @@ class VideoReader:
             if not streams:
                 raise VideoError(f"input {self.path!r} holds no video")
             stream = self._stream = streams[0]
+            if stream.codec_context is None:
+                raise VideoError(f"input {self.path!r} holds video in a codec that is not known here")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = codec_options
             self.height, self.width = stream.height, stream.width

@@ -161,9 +161,9 @@ def test_sizes_that_do_not_fit(tmp_path):
         with VideoWriter(tmp_path / "a", 16) as writer:
             writer.write(make_frames(2))
             writer.write(make_frames(2, 16, 24))
-    Video(make_frames(3, 31, 47), 16).save(tmp_path / "odd.webm")
-    assert read_video(tmp_path / "odd.webm").frames.shape == (3, 31, 47, 3)
-    assert os.listdir(tmp_path) == ["odd.webm"]
+    Video(make_frames(3, 31, 47), 16).save(tmp_path / "odd.gif")
+    assert read_video(tmp_path / "odd.gif").frames.shape == (3, 31, 47, 3)
+    assert os.listdir(tmp_path) == ["odd.gif"]
 
 
 def test_encoder_error_reaches_the_thread_that_writes(tmp_path):

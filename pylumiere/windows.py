@@ -2,8 +2,8 @@
 
 A network that sees `window` frames at a time is run over a long clip in overlapping windows whose outputs are averaged
 at every sampler step (MultiDiffusion along time, Lumiere sec. 3.2). Instead of a step over the whole clip after the
-other, tasks (window, step) are run as soon as the frames they read are ready, oldest frames first. The result is bit for
-bit that of the step-by-step walk, as long as the denoiser's result for a row does not depend on the rows beside it.
+other, tasks (window, step) are run as soon as the frames they read are ready, oldest frames first. The result is bit
+for bit that of the step-by-step walk, as long as the denoiser's result for a row does not depend on the rows beside it.
 
 The averaged quantity is the model's output. Per frame and step, all in fp32 with each product and sum rounded
 (`pylumiere.kernels.denoise_step` is the definition):
@@ -79,7 +79,8 @@ def memory_bytes(
 ) -> int:  # fmt: skip
     """Bytes of one clip's buffers: frame states, x0 of multistep samplers, and outputs that wait for a neighbour.
 
-        slots = call_frames + stride * reach * (steps - 1 + capacity)        reach = (call_frames - 1) // stride, at least 1 for capacity
+        slots = call_frames + stride * (reach * (steps - 1) + max(1, reach) * capacity)
+        reach = (call_frames - 1) // stride
         bytes = values of a frame * (4 * slots * (2 if multistep else 1) + output_bytes * num_outputs * rows)
 
     A loop has up to halo + stride * (reach * steps + 1) more slots; a clip with fewer frames than that has one slot a
@@ -165,7 +166,7 @@ class BatchSampler:
         timesteps = np.asarray(table.timesteps, np.float32)
         coef = np.ascontiguousarray(table.coef, np.float32)
         if coef.ndim != 2 or coef.shape[1] != 6 or timesteps.shape != coef.shape[:1]:
-            raise ValueError(f"the table has timesteps {timesteps.shape} and coef {coef.shape}, expected [S] and [S, 6]")
+            raise ValueError(f"the table has timesteps {timesteps.shape}, coef {coef.shape}; expected [S] and [S, 6]")
         handle = self._core.add_clip(
             plan, coef, seed=seed, stage=stage, init_alpha=float(table.init_alpha), init_sigma=float(table.init_sigma),
             guidance=guidance_scale, clip=math.inf if clip is None else clip, rescale=guidance_rescale,
@@ -210,18 +211,18 @@ class BatchSampler:
 
         Raises:
             ValueError: the shape is not that.
-            NonFiniteOutput: NaN or infinity. The batch stays current: remove the clip, then complete with the same output.
+            NonFiniteOutput: NaN or infinity. The batch stays current: remove the clip, then complete with that output.
         """
         shape = tuple(out.shape)
-        allowed = {(self.num_outputs, rows, self.call_frames, *self.frame_shape) for rows in (self._num_tasks, self.capacity)}
-        if shape not in allowed:
-            expected = (self.num_outputs, self.capacity if self.fixed_batch else self._num_tasks, self.call_frames, *self.frame_shape)
+        rows = self.capacity if self.fixed_batch else self._num_tasks
+        expected = (self.num_outputs, rows, self.call_frames, *self.frame_shape)
+        if shape != expected:
             raise ValueError(f"the denoiser returned shape {shape}, expected {expected}")
         self._core.complete(out, shape[1])
         self._num_tasks = 0
 
     def take_final(self, clip: int) -> tuple[int, np.ndarray] | None:
-        """The frames of a clip that became final, in order: (start, float32 [n, H, W, C]), or None. Frees their slots."""
+        """A clip's new final frames, in order: (start, float32 [n, H, W, C]), or None. Frees their slots."""
         count = self._core.num_final(clip)
         if count == 0:
             return None
@@ -262,11 +263,13 @@ def _initial_frames(initial, num_frames: int | None, frame_shape: tuple[int, ...
     if initial is None:
         return None
     if callable(initial):
+
         def frame_of(frame: int) -> np.ndarray:
             clean = np.ascontiguousarray(initial(np.array([frame], np.int64)), np.float32)
             if clean.shape != (1, *frame_shape):
                 raise ValueError(f"the initial frame {frame} has shape {clean.shape[1:]}, expected {frame_shape}")
             return clean
+
         return frame_of  # fmt: skip
     if num_frames is None:
         raise ValueError("an initial clip of unknown length must be given as a function of frame indices")
@@ -301,8 +304,8 @@ def sample_clip(
         threshold: quantile in (0, 1] of |x0| for dynamic thresholding per frame: s = quantile, held to
             [clip, threshold_max (0: no limit)]; x0 is clamped to [-s, s] and scaled by clip / s.
         guidance_rescale: phi; the guided average is scaled per frame by phi * std(cond) / std(guided) + 1 - phi.
-        initial: clean clip [T, H, W, C], or a function of frame indices [n] -> [n, H, W, C]; the sampler then starts from
-            init_alpha * clean + init_sigma * noise.
+        initial: clean clip [T, H, W, C], or a function of frame indices [n] -> [n, H, W, C]; the sampler then starts
+            from init_alpha * clean + init_sigma * noise.
         source: frames that arrive while sampling (see FrameSource). With a known num_frames, too few are an error.
         capacity: windows of a call. More of them keep more frames in flight.
         fixed_batch: every call has `capacity` rows; missing ones repeat row 0 and are discarded. Without it the last
@@ -374,7 +377,7 @@ class FrameBuffer:
     """Conditioning frames that arrive as a stream; keeps those that can still be asked for. A FrameSource.
 
     Args:
-        frames: yields single frames [...] or chunks [n, ...]; told apart by `frame_ndim`. Read as far as needed, never ahead.
+        frames: yields single frames [...] or chunks [n, ...]; told apart by `frame_ndim`. Never read ahead.
         frame_ndim: dimensions of one frame.
     """
 
@@ -397,7 +400,9 @@ class FrameBuffer:
                 if self._shape is None:
                     self._shape = frame.shape
                 if frame.shape != self._shape:
-                    raise ValueError(f"frame {self._arrived} of the input has shape {frame.shape}, those before have {self._shape}")
+                    raise ValueError(
+                        f"frame {self._arrived} of the input has shape {frame.shape}, those before have {self._shape}"
+                    )
                 if self._arrived >= self._first:
                     self._held[self._arrived] = frame
                 self._arrived += 1
@@ -478,7 +483,7 @@ def to_yuv420p(frames: np.ndarray, matrix: str = "bt709", num_threads: int | Non
 # ---- producer and consumer in two threads --------------------------------------------------------------------------
 
 
-class in_background:  # noqa: N801 - used like a function
+class in_background:
     """Runs an iterator in a thread of its own, at most `capacity` items ahead of the consumer.
 
     An exception of the iterator is raised at the consumer, after the items before it. `close` (also when the object is
@@ -532,7 +537,7 @@ def _produce(iterator: Iterator, queue: FrameQueue, state: dict[str, BaseExcepti
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()
-    except BaseException as error:  # noqa: BLE001 - carried to the consumer, whatever it is
+    except BaseException as error:
         state["error"] = error
     finally:
         queue.finish()
@@ -556,7 +561,7 @@ class BackgroundWriter:
         try:
             while item := self._queue.get():
                 self._write(item[0])
-        except BaseException as error:  # noqa: BLE001 - carried to the producer
+        except BaseException as error:
             self._error = error
             self._queue.cancel()
 

@@ -65,8 +65,15 @@ def normals(seed, stage, step, frame, count):
         mantissa, exponent = np.where(small, mantissa * F32(2), mantissa), np.where(small, exponent - 1, exponent)
         f, e = mantissa - F32(1), exponent.astype(F32)
         poly = np.full_like(f, F32(-0.07635655254125595))
-        for term in (0.12763327360153198, -0.1316058188676834, 0.14201553165912628, -0.16623298823833466,
-                     0.20001234114170074, -0.250008225440979, 0.3333333134651184):  # fmt: skip
+        for term in (
+            0.12763327360153198,
+            -0.1316058188676834,
+            0.14201553165912628,
+            -0.16623298823833466,
+            0.20001234114170074,
+            -0.250008225440979,
+            0.3333333134651184,
+        ):
             poly = poly * f + F32(term)
         z = f * f
         tail = (poly * f) * z + e * F32(-2.1219444170128554e-4) - z * F32(0.5)
@@ -75,10 +82,14 @@ def normals(seed, stage, step, frame, count):
         quarter = (turn + 2**21) >> 22
         x = (turn - (quarter << 22)).astype(F32) * F32(2.0**-24)
         y = x * x
-        sine = (((y * F32(-76.76246643066406) + F32(81.62535095214844)) * y + F32(-41.34186553955078)) * y
-                + F32(6.2831854820251465)) * x  # fmt: skip
-        cosine = (((y * F32(59.22924041748047) + F32(-85.4432373046875)) * y + F32(64.93932342529297)) * y
-                  + F32(-19.739208221435547)) * y + F32(1)  # fmt: skip
+        sine = (
+            ((y * F32(-76.76246643066406) + F32(81.62535095214844)) * y + F32(-41.34186553955078)) * y
+            + F32(6.2831854820251465)
+        ) * x
+        cosine = (
+            ((y * F32(59.22924041748047) + F32(-85.4432373046875)) * y + F32(64.93932342529297)) * y
+            + F32(-19.739208221435547)
+        ) * y + F32(1)
         quarter %= 4
         out[:, pair] = radius * np.choose(quarter, [cosine, -sine, -cosine, sine])
         out[:, pair + 1] = radius * np.choose(quarter, [sine, cosine, -sine, -cosine])
@@ -119,8 +130,29 @@ def quantile(values, q):
     return ordered[low] + (ordered[low + 1] - ordered[low]) * (place - low)
 
 
-def sample_offline(denoise, *, num_frames, num_values, coef, init_sigma, init_alpha, window, overlap, weights, loop, halo,
-                   multiple, seed, stage, guidance, clip, threshold=None, threshold_max=0.0, rescale=0.0, initial=None):  # fmt: skip
+def sample_offline(
+    denoise,
+    *,
+    num_frames,
+    num_values,
+    coef,
+    init_sigma,
+    init_alpha,
+    window,
+    overlap,
+    weights,
+    loop,
+    halo,
+    multiple,
+    seed,
+    stage,
+    guidance,
+    clip,
+    threshold=None,
+    threshold_max=0.0,
+    rescale=0.0,
+    initial=None,
+):
     """denoise(x [L, P], step, window, frames) -> [G, L, P]. Returns [T, P]."""
     starts = window_starts(num_frames, window, overlap, loop)
     spans = [window_frames(start, num_frames, window, halo, multiple, loop) for start in starts]

@@ -1,4 +1,4 @@
-"""Streamed equals step by step, bit for bit: random windows, samplers, guidance, capacity, batches, against plain numpy."""
+"""Streamed equals step by step, bit for bit, against plain numpy: windows, samplers, guidance, capacity, batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Table:
 
 
 def mix(x, step, window, guided):
-    """A cheap denoiser of one window [L, P]: every frame depends on all frames, their order, the window and the step."""
+    """A cheap denoiser of one window [L, P]: a frame depends on all frames, their order, the window and the step."""
     length = len(x)
     total = np.zeros_like(x[0])
     for i in range(length):
@@ -47,18 +47,38 @@ def random_case(rng: random.Random) -> dict:
     steps = rng.randint(1, 6)
     case = {
         "num_frames": rng.choice([1, 2, rng.randint(1, 12), rng.randint(1, 30), rng.randint(20, 70)]),
-        "window": window, "overlap": overlap, "weights": rng.choice(["flat", "linear", "gaussian"]),
-        "loop": rng.random() < 0.3, "halo": rng.choice([0, 0, 0, 1, 2, 3]), "multiple": rng.choice([1, 1, 2, 4]),
-    }  # fmt: skip
+        "window": window,
+        "overlap": overlap,
+        "weights": rng.choice(["flat", "linear", "gaussian"]),
+        "loop": rng.random() < 0.3,
+        "halo": rng.choice([0, 0, 0, 1, 2, 3]),
+        "multiple": rng.choice([1, 1, 2, 4]),
+    }
     # A row as samplers make them: multistep where r != 0, stochastic where n != 0; the last row gives the clean sample.
     multistep, stochastic = rng.random() < 0.5, rng.random() < 0.5
-    coef = np.array([[rng.uniform(-1, 1.5), rng.uniform(-1, 1), rng.uniform(-0.5, 1), rng.uniform(0, 1),
-                      rng.uniform(-0.5, 0.5) if multistep and s > 0 else 0.0, rng.uniform(0, 0.5) if stochastic else 0.0]
-                     for s in range(steps)])  # fmt: skip
+    coef = np.array(
+        [
+            [
+                rng.uniform(-1, 1.5),
+                rng.uniform(-1, 1),
+                rng.uniform(-0.5, 1),
+                rng.uniform(0, 1),
+                rng.uniform(-0.5, 0.5) if multistep and s > 0 else 0.0,
+                rng.uniform(0, 0.5) if stochastic else 0.0,
+            ]
+            for s in range(steps)
+        ]
+    )
     coef[-1, 2:] = 0, 1, 0, 0
-    case |= {"coef": coef, "init_sigma": rng.uniform(0.5, 2), "init_alpha": rng.uniform(0, 1),
-             "seed": rng.getrandbits(64), "stage": rng.randint(0, 2),
-             "guidance": rng.choice([1.0, 1.0, 2.5, 7.0]), "clip": rng.choice([None, 1.0, 0.5])}  # fmt: skip
+    case |= {
+        "coef": coef,
+        "init_sigma": rng.uniform(0.5, 2),
+        "init_alpha": rng.uniform(0, 1),
+        "seed": rng.getrandbits(64),
+        "stage": rng.randint(0, 2),
+        "guidance": rng.choice([1.0, 1.0, 2.5, 7.0]),
+        "clip": rng.choice([None, 1.0, 0.5]),
+    }
     if case["clip"] is not None and rng.random() < 0.3:
         case |= {"threshold": rng.choice([0.5, 0.9, 1.0]), "threshold_max": rng.choice([0.0, 0.75, 2.0])}
     if case["guidance"] != 1.0 and rng.random() < 0.4:
@@ -67,7 +87,9 @@ def random_case(rng: random.Random) -> dict:
 
 
 def plan_of(case: dict, num_frames) -> WindowPlan:
-    return WindowPlan(num_frames, case["window"], case["overlap"], case["weights"], case["loop"], case["halo"], case["multiple"])
+    return WindowPlan(
+        num_frames, case["window"], case["overlap"], case["weights"], case["loop"], case["halo"], case["multiple"]
+    )
 
 
 def table_of(case: dict) -> Table:
@@ -76,9 +98,15 @@ def table_of(case: dict) -> Table:
 
 
 def settings_of(case: dict) -> dict:
-    return {"seed": case["seed"], "stage": case["stage"], "guidance_scale": case["guidance"], "clip": case["clip"],
-            "threshold": case.get("threshold"), "threshold_max": case.get("threshold_max", 0.0),
-            "guidance_rescale": case.get("rescale", 0.0)}  # fmt: skip
+    return {
+        "seed": case["seed"],
+        "stage": case["stage"],
+        "guidance_scale": case["guidance"],
+        "clip": case["clip"],
+        "threshold": case.get("threshold"),
+        "threshold_max": case.get("threshold_max", 0.0),
+        "guidance_rescale": case.get("rescale", 0.0),
+    }
 
 
 def expected_of(case: dict, initial=None) -> np.ndarray:
@@ -89,7 +117,9 @@ def expected_of(case: dict, initial=None) -> np.ndarray:
 
 
 def denoise_rows(x, steps, windows, guided):
-    rows = [mix(row.reshape(len(row), VALUES), int(s), int(w), guided) for row, s, w in zip(x, steps, windows, strict=True)]
+    rows = [
+        mix(row.reshape(len(row), VALUES), int(s), int(w), guided) for row, s, w in zip(x, steps, windows, strict=True)
+    ]
     return np.ascontiguousarray(np.stack(rows, 1).reshape(2 if guided else 1, *x.shape))
 
 
@@ -127,16 +157,31 @@ def run_streamed(case: dict, rng: random.Random, initial=None) -> np.ndarray:
     source = None
     if lazy:
         chunk = rng.randint(1, 4)
-        source = FrameBuffer((np.zeros((min(chunk, num_frames - i), 1, 1, 3), np.uint8) for i in range(0, num_frames, chunk)))
-    result = collect(sample_clip(
-        denoise, num_frames=None if lazy else num_frames, frame_shape=SHAPE, table=table_of(case),
-        plan=plan_of(case, None) if lazy else plan, initial=initial if initial is None or not lazy else lambda f: initial[f],
-        source=source, capacity=capacity, fixed_batch=fixed, num_threads=rng.choice([1, 2]), **settings_of(case),
-    ), num_frames)  # fmt: skip
+        source = FrameBuffer(
+            np.zeros((min(chunk, num_frames - i), 1, 1, 3), np.uint8) for i in range(0, num_frames, chunk)
+        )
+    result = collect(
+        sample_clip(
+            denoise,
+            num_frames=None if lazy else num_frames,
+            frame_shape=SHAPE,
+            table=table_of(case),
+            plan=plan_of(case, None) if lazy else plan,
+            initial=initial if initial is None or not lazy else lambda f: initial[f],
+            source=source,
+            capacity=capacity,
+            fixed_batch=fixed,
+            num_threads=rng.choice([1, 2]),
+            **settings_of(case),
+        ),
+        num_frames,
+    )
     starts = offline.window_starts(num_frames, case["window"], case["overlap"], case["loop"])
     assert sorted(spans) == list(range(len(starts)))
     for w, start in enumerate(starts):
-        expected = offline.window_frames(start, num_frames, case["window"], case["halo"], case["multiple"], case["loop"])[0]
+        expected = offline.window_frames(
+            start, num_frames, case["window"], case["halo"], case["multiple"], case["loop"]
+        )[0]
         assert spans[w] == expected, f"frames read by window {w}"
     return result
 
@@ -148,7 +193,9 @@ def test_streamed_equals_offline(group):
         case = random_case(rng)
         initial = None
         if rng.random() < 0.2:
-            initial = np.random.default_rng(rng.getrandbits(32)).standard_normal((case["num_frames"], *SHAPE)).astype(F32)
+            initial = (
+                np.random.default_rng(rng.getrandbits(32)).standard_normal((case["num_frames"], *SHAPE)).astype(F32)
+            )
         expected = expected_of(case, None if initial is None else initial.reshape(-1, VALUES))
         streamed = run_streamed(case, rng, initial)
         assert np.array_equal(expected.view(np.int32), streamed.view(np.int32)), describe(case)
@@ -170,14 +217,22 @@ def test_clips_that_share_batches_equal_offline(group):
             if not guided:
                 case.pop("rescale", None)
             cases.append(case)
-        sampler = BatchSampler(frame_shape=SHAPE, call_frames=plan_of(first, 1).call_frames, guided=guided,
-                               capacity=rng.choice([1, 2, 4, 8]), num_threads=1)  # fmt: skip
+        sampler = BatchSampler(
+            frame_shape=SHAPE,
+            call_frames=plan_of(first, 1).call_frames,
+            guided=guided,
+            capacity=rng.choice([1, 2, 4, 8]),
+            num_threads=1,
+        )
         waiting, clips, results = list(cases), {}, []
         doomed = sampler.add_clip(plan_of(first, 40), table_of(first), **settings_of(first))
         while waiting or clips:
-            if waiting and rng.random() < 0.3 or not clips and waiting:
+            if (waiting and rng.random() < 0.3) or (not clips and waiting):
                 case = waiting.pop()
-                clips[sampler.add_clip(plan_of(case, case["num_frames"]), table_of(case), **settings_of(case))] = (case, [])
+                clips[sampler.add_clip(plan_of(case, case["num_frames"]), table_of(case), **settings_of(case))] = (
+                    case,
+                    [],
+                )
             batch = sampler.next_batch()
             if batch is not None:
                 if doomed is not None and rng.random() < 0.1:
@@ -221,8 +276,14 @@ def test_memory_is_what_the_formula_says_and_does_not_grow():
                 assert ring <= slots <= ring + case["halo"] + plan.stride * (reach * steps + 1)
             else:
                 assert slots == ring
-            assert sizes[-1] == memory_bytes(plan, frame_shape=SHAPE, steps=steps, capacity=capacity,
-                                             num_outputs=1 + guided, multistep=bool(np.any(case["coef"][:, 4])))  # fmt: skip
+            assert sizes[-1] == memory_bytes(
+                plan,
+                frame_shape=SHAPE,
+                steps=steps,
+                capacity=capacity,
+                num_outputs=1 + guided,
+                multistep=bool(np.any(case["coef"][:, 4])),
+            )
         if case["loop"]:  # the seam's place in the period of windows may differ
             assert abs(sizes[1] - sizes[0]) < 0.5 * sizes[0]
         else:
@@ -243,8 +304,16 @@ def test_first_frames_come_early():
 
         plan = WindowPlan(999 * 6 + 8, 8, 2)
         assert plan.num_windows == 1000
-        chunks = sample_clip(denoise, num_frames=plan.num_frames, frame_shape=(1, 1, 1), table=table, plan=plan, seed=1,
-                             stage=1, capacity=capacity)  # fmt: skip
+        chunks = sample_clip(
+            denoise,
+            num_frames=plan.num_frames,
+            frame_shape=(1, 1, 1),
+            table=table,
+            plan=plan,
+            seed=1,
+            stage=1,
+            capacity=capacity,
+        )
         start, frames = next(chunks)
         assert start == 0 and len(frames) >= 1 and evaluations == expected
         chunks.close()

@@ -1,4 +1,4 @@
-"""Slow and vanished consumers, exceptions on every side, cancel, NaN, inputs that end: nothing hangs, leaks or grows."""
+"""Slow and vanished consumers, exceptions on every side, cancel, NaN, inputs that end: nothing hangs or leaks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def half(x, timesteps, windows, frames):
 def chunks(denoise=half, num_frames=80, plan=None, steps=4, **kw):
     plan = plan or WindowPlan(num_frames, 8, 2)
     kw.setdefault("capacity", 2)
-    return sample_clip(denoise, num_frames=num_frames, frame_shape=SHAPE, table=table(steps), plan=plan, seed=3, stage=1, **kw)
+    return sample_clip(
+        denoise, num_frames=num_frames, frame_shape=SHAPE, table=table(steps), plan=plan, seed=3, stage=1, **kw
+    )
 
 
 def no_new_threads(before):
@@ -217,7 +219,7 @@ def test_a_faulty_clip_does_not_harm_its_neighbour():
     sampler = BatchSampler(frame_shape=SHAPE, call_frames=8, capacity=2)
     good = sampler.add_clip(plan, table(), seed=1, stage=1)
     faulty = sampler.add_clip(plan, table(), seed=2, stage=1)
-    got = []
+    got, named = [], []
     while not sampler.is_finished(good):
         batch = sampler.next_batch()
         out = half(batch.x, None, None, None)
@@ -225,12 +227,15 @@ def test_a_faulty_clip_does_not_harm_its_neighbour():
         try:
             sampler.complete(out)
         except NonFiniteOutput as error:
-            assert error.clip == faulty
+            named.append(error.clip)
             sampler.remove_clip(error.clip)
             sampler.complete(out)
         if final := sampler.take_final(good):
             got.append(final[1])
-    alone = [f for _, f in sample_clip(half, num_frames=20, frame_shape=SHAPE, table=table(), plan=plan, seed=1, stage=1)]
+    alone = [
+        f for _, f in sample_clip(half, num_frames=20, frame_shape=SHAPE, table=table(), plan=plan, seed=1, stage=1)
+    ]
+    assert named == [faulty]
     assert np.array_equal(np.concatenate(got), np.concatenate(alone))
 
 
@@ -335,22 +340,30 @@ def test_step_and_noise_equal_the_torch_reference(instruction_set):
     coef = rng.uniform(0.1, 1, (frames, 10)).astype(np.float32)
     coef[1, 4] = coef[2, 5] = 0
     coef[3, 8] = np.inf
-    key = np.array([[-5, 1, 3, 2**31, 0], [7, 0, -1, 0, 0], [2**62, 2, 9, 5, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], np.int64)
+    key = [[-5, 1, 3, 2**31, 0], [7, 0, -1, 0, 0], [2**62, 2, 9, 5, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
+    key = np.array(key, np.int64)
     pool = _runtime.ThreadPool(2)
     for outputs in (1, 2):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             out = torch.from_numpy(rng.standard_normal((outputs, 7, positions), np.float32)).to(dtype)
             for previous in (None, prev):
                 expected = denoise_step.reference(
-                    torch.from_numpy(x), None if previous is None else torch.from_numpy(previous), out,
-                    torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(coef), torch.from_numpy(key),
-                )  # fmt: skip
+                    torch.from_numpy(x),
+                    None if previous is None else torch.from_numpy(previous),
+                    out,
+                    torch.from_numpy(rows),
+                    torch.from_numpy(weights),
+                    torch.from_numpy(coef),
+                    torch.from_numpy(key),
+                )
                 result = np.empty_like(x), np.empty_like(x)
                 _runtime.denoise_step(x, previous, out, rows, weights, coef, key, *result, pool, instruction_set)
                 for have, want in zip(result, expected, strict=True):
                     assert np.array_equal(have.view(np.int32), want.numpy().view(np.int32))
-    assert np.array_equal(frame_noise(2**64 - 5, 2, 4, [0, 9], (7, 11, 3)).reshape(2, -1),
-                          denoise_step.frame_noise(2**64 - 5, 2, 4, [0, 9], 231).numpy())  # fmt: skip
+    assert np.array_equal(
+        frame_noise(2**64 - 5, 2, 4, [0, 9], (7, 11, 3)).reshape(2, -1),
+        denoise_step.frame_noise(2**64 - 5, 2, 4, [0, 9], 231).numpy(),
+    )
 
 
 def test_pixels():

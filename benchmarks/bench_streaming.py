@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -39,6 +38,14 @@ def table(steps: int, *, multistep: bool = True) -> Table:
     return Table(np.arange(steps, dtype=np.float32), coef)
 
 
+def peak_memory() -> int:
+    """Largest resident size of this program, in bytes. (getrusage would count the parent's memory before exec.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
 def bounded(num_frames: int, steps: int, side: int) -> dict:
     """Peak memory over the level before the clip, in this process: call it in a fresh one."""
     shape = (side, side, 3)
@@ -48,7 +55,7 @@ def bounded(num_frames: int, steps: int, side: int) -> dict:
     def denoise(x, timesteps, windows, frames):
         return np.multiply(x[None], np.float32(0.5), out=out)
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory()
     start = time.perf_counter()
     done = 0
     for _, frames in sample_clip(
@@ -56,7 +63,7 @@ def bounded(num_frames: int, steps: int, side: int) -> dict:
     ):
         done += len(frames)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if done != num_frames:
         raise RuntimeError(f"{done} of {num_frames} frames came out")
     return {

@@ -67,10 +67,10 @@ def _is_ragged(shape: dict[str, Any]) -> bool:
 
 def _mma(ragged: Config) -> list[Row]:
     return [
-        Row(_gemm(64, 64, 32, 4, 2), _is_fp32),
+        Row(_gemm(64, 32, 32, 4, 2), _is_fp32),
         Row(_gemm(128, 16, 64), _is_tiny),
         Row(_gemm(64, 128, 64), _is_small),
-        Row(_gemm(128, 64, 64), _is_narrow),
+        Row(_gemm(128, 64, 64, 8), _is_narrow),
         Row(ragged, _is_ragged),
         Row(_gemm(128, 128, 64, 8, 3)),
     ]

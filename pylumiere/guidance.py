@@ -63,6 +63,8 @@ def dynamic_threshold(
         raise InvalidRequest(f"threshold percentile={percentile} is not in 0..1 without 0")
     if not 0 < floor < math.inf:
         raise InvalidRequest(f"threshold floor={floor} is not a positive finite number")
+    if ceiling is not None and not ceiling > 0:
+        raise InvalidRequest(f"threshold ceiling={ceiling} is not a positive number")
     x0 = torch.as_tensor(x0)
     magnitude = x0.abs().flatten(1)
     place = percentile * (magnitude.shape[1] - 1)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import CLIP_FRAMES, Renderer, caption, is_held_out, sample_scene, triples
-from pylumiere.schedules import make_schedule
 from safetensors.torch import load_file, save_file
 
 from pylumiere.config import stage_preset
 from pylumiere.model import STUNet, image_config
+from pylumiere.schedules import make_schedule
 from pylumiere.text import load_text_encoder
 
 TEXT_TOKENS = 24

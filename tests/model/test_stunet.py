@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pylumiere.config import stage_preset
-from pylumiere.model import STUNet, Shift, image_config, plan_blocks
+from pylumiere.model import Shift, STUNet, image_config, plan_blocks
 from pylumiere.model.blocks import Context, TemporalDownsample, TemporalUpsample, depth_to_space, space_to_depth
 from pylumiere.model.ops import Norm, PlainOps, shift_frames
 
@@ -44,7 +44,7 @@ def test_inflated_network_equals_the_image_network_on_every_frame():
     sample, timesteps, text, mask = inputs(config)
     clip = video(sample, timesteps, text, mask)
     assert torch.equal(clip, image(sample, timesteps, text, mask)), "the same call shape must give the same bits"
-    for t in range(config.num_frames):       # a call for one frame may round differently in the library's kernels
+    for t in range(config.num_frames):  # a call for one frame may round differently in the library's kernels
         torch.testing.assert_close(clip[:, t : t + 1], image(sample[:, t : t + 1], timesteps, text, mask))
 
 
@@ -117,7 +117,10 @@ def test_masked_text_tokens_are_not_seen():
     sample, timesteps, text, mask = inputs(TINY)
     noise = text + 5 * torch.randn(text.shape) * ~mask[..., None]
     torch.testing.assert_close(
-        model(sample.double(), timesteps, text, mask), model(sample.double(), timesteps, noise, mask), rtol=1e-9, atol=1e-9
+        model(sample.double(), timesteps, text, mask),
+        model(sample.double(), timesteps, noise, mask),
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
@@ -193,7 +196,9 @@ def test_large_presets_run_on_meta_tensors(preset):
 def test_wrong_sizes_are_named(change, message):
     config = TINY
     if change.pop("levels", None):
-        config = replace(config, levels=tuple(replace(v, temporal_factor=f) for v, f in zip(config.levels, (4, 1), strict=True)))
+        config = replace(
+            config, levels=tuple(replace(v, temporal_factor=f) for v, f in zip(config.levels, (4, 1), strict=True))
+        )
     sample, timesteps, text, mask = inputs(config, frames=change.get("frames"))
     sample = sample[:, :, : change.get("height"), :, : change.get("channels")]
     if "height" in change:
@@ -219,7 +224,9 @@ def test_plain_ops_prologue_and_epilogue_against_their_formula():
     y = ((grouped - mean) / (var + 1e-5).sqrt()).view(x.shape) * norm.weight + norm.bias
     y = F.silu(y * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
     weight, bias = torch.randn(4, 8, 3).double(), torch.randn(4).double()
-    expected = F.conv3d(y.permute(0, 4, 1, 2, 3), weight[..., None, None], bias, padding=(1, 0, 0)).permute(0, 2, 3, 4, 1)
+    expected = F.conv3d(y.permute(0, 4, 1, 2, 3), weight[..., None, None], bias, padding=(1, 0, 0)).permute(
+        0, 2, 3, 4, 1
+    )
     out = ops.temporal_conv(x, weight, bias, norm=norm, scale=scale, shift=shift, silu=True, residual=residual)
     torch.testing.assert_close(out, expected + residual, rtol=1e-10, atol=1e-10)
     weight = torch.randn(4, 8, 3, 3).double()

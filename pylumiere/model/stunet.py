@@ -152,7 +152,8 @@ class STUNet(nn.Module):
     def from_image_unet(cls, image: STUNet, config: STUNetConfig) -> STUNet:
         """Inflate an image network: its weights are copied, the temporal blocks start as the identity.
 
-        With temporal factors of 1 the result equals the image network on every frame, bit for bit.
+        With temporal factors of 1 the result equals the image network on every frame: bit for bit without
+        `frame_embedding`, to rounding with it (the conditioning is then computed per frame, in other shapes).
 
         Args:
             image: a STUNet whose config has no temporal blocks (see `image_config`).

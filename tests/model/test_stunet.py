@@ -44,7 +44,7 @@ def test_inflated_network_equals_the_image_network_on_every_frame(frame_embeddin
     video = STUNet.from_image_unet(image, config).eval()
     sample, timesteps, text, mask = inputs(config)
     clip, frames = video(sample, timesteps, text, mask), image(sample, timesteps, text, mask)
-    if frame_embedding:  # conditioning per frame instead of per clip: other shapes, which a matmul may round differently
+    if frame_embedding:  # conditioning per frame, not per clip: other shapes, which a matmul may round differently
         torch.testing.assert_close(clip, frames)
     else:
         assert torch.equal(clip, frames)

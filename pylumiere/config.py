@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 SCHEDULES = ("cosine", "linear", "flow")
+SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp_2m")
 
 
 def _check(condition: bool, text: str) -> None:
@@ -193,6 +194,7 @@ class ScheduleConfig(_Json):
             1 <= self.num_train_timesteps <= 100_000,
             f"num_train_timesteps={self.num_train_timesteps} is not in 1..100000",
         )
+        _check(-30 <= self.logsnr_shift <= 30, f"logsnr_shift={self.logsnr_shift} is not in -30..30")
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,10 @@ class SamplerConfig(_Json):
         _check(
             1 <= self.num_inference_steps <= 1000, f"num_inference_steps={self.num_inference_steps} is not in 1..1000"
         )
+        _check(self.sampler in SAMPLERS, f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        _check(0 <= self.guidance_scale <= 1000, f"guidance_scale={self.guidance_scale} is not in 0..1000")
+        _check(0 <= self.guidance_rescale <= 1, f"guidance_rescale={self.guidance_rescale} is not in 0..1")
+        _check(0 <= self.threshold_percentile <= 1, f"threshold_percentile={self.threshold_percentile} is not in 0..1")
 
 
 @dataclass(frozen=True)

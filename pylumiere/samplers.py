@@ -31,11 +31,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pylumiere.config import PREDICTION_TYPES
+from pylumiere.config import PREDICTION_TYPES, SAMPLERS
 from pylumiere.errors import InvalidRequest
 from pylumiere.schedules import NoiseSchedule, shift_flow
 
-SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp_2m")
 SPACINGS = ("trailing", "leading", "linspace")
 VARIANCES = ("fixed_small", "fixed_large")
 COLUMNS = ("u", "v", "p", "q", "r", "n")

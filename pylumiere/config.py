@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 SCHEDULES = ("cosine", "linear", "flow")
 SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp_2m")
+WINDOW_WEIGHTS = ("flat", "linear", "gaussian")
 
 
 def _check(condition: bool, text: str) -> None:
@@ -237,6 +238,9 @@ class ModelConfig(_Json):
         text_encoder: "minilm", "hash", or "t5:FOLDER" / "clip:FOLDER".
         text_tokens: length that prompts are padded or cut to.
         window_frames, window_overlap: windows of the SSR.
+        halo_frames: frames on either side of a window that the SSR reads as context and does not write. Advised where
+            its levels shift: a shifted channel at a window's end would otherwise see zeros.
+        window_weights: how the outputs of overlapping windows are weighed, "flat", "linear" or "gaussian".
         augmentation: noise level (0..1) put on the low-resolution clip before the SSR.
     """
 
@@ -248,6 +252,8 @@ class ModelConfig(_Json):
     text_tokens: int = 24
     window_frames: int = 8
     window_overlap: int = 2
+    halo_frames: int = 0
+    window_weights: str = "flat"
     augmentation: float = 0.0
 
     def __post_init__(self):
@@ -256,6 +262,11 @@ class ModelConfig(_Json):
         _check(
             0 <= self.window_overlap < self.window_frames,
             f"window_overlap={self.window_overlap} is not in 0..{self.window_frames - 1}",
+        )
+        _check(0 <= self.halo_frames <= 64, f"halo_frames={self.halo_frames} is not in 0..64")
+        _check(
+            self.window_weights in WINDOW_WEIGHTS,
+            f"window_weights {self.window_weights!r} is not one of {', '.join(WINDOW_WEIGHTS)}",
         )
         _check(0 <= self.augmentation <= 1, f"augmentation={self.augmentation} is not in 0..1")
 

@@ -160,7 +160,10 @@ def plan_ssr(
     if overlap >= window:
         raise InvalidRequest(f"window_overlap={overlap} should be smaller than window_frames={window}")
     steps = num_inference_steps or sampling.num_inference_steps
-    windows = WindowPlan(num_frames, window, overlap, loop=loop, multiple=config.ssr.network.temporal_factor)
+    windows = WindowPlan(
+        num_frames, window, overlap, weights=config.window_weights, loop=loop, halo=config.halo_frames,
+        multiple=config.ssr.network.temporal_factor,
+    )  # fmt: skip
     return StagePlan(
         "ssr", SSR, _table(config.ssr, sampling.sampler, steps), windows, height, width, sampling.guidance_scale,
         sampling.guidance_rescale, sampling.threshold_percentile,

@@ -20,6 +20,8 @@ def test_json_round_trip(name):
         (("fps",), "16", "ModelConfig.fps: expected int, got '16'"),
         (("fps",), True, "ModelConfig.fps: expected int, got True"),
         (("window_overlap",), 8, "window_overlap=8 is not in 0..7"),
+        (("halo_frames",), -1, "halo_frames=-1 is not in 0..64"),
+        (("window_weights",), "hann", "'hann' is not one of flat, linear, gaussian"),
         (("augmentation",), float("nan"), "not finite"),
         (("colour",), 1, "unknown field 'colour'"),
         (("base",), None, "StageConfig: expected an object, got NoneType"),

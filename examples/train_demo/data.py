@@ -128,8 +128,8 @@ class Renderer:
             rgba = torch.cat([rgba[:3] * rgba[3:], rgba[3:]])  # premultiplied
             self.mips[name] = [rgba[None]] + [F.avg_pool2d(rgba[None], f) for f in (2, 4, 8, 16)]
 
-    def render(self, scene: Scene, size: int, times: torch.Tensor) -> torch.Tensor:
-        """Frames at the given times: [T, size, size, 3] float32 in -1..1."""
+    def render(self, scene: Scene, size: int, times: torch.Tensor, style: str | None = None) -> torch.Tensor:
+        """Frames at the given times: [T, size, size, 3] float32 in -1..1; `style` is one of STYLES, or none."""
         u = times.float() / (CLIP_FRAMES - 1)
         (x0, y0), (x1, y1), (s0, s1) = scene.start, scene.end, scene.size
         path = (torch.pi * scene.bounces * u).sin().abs() if scene.bounces else u
@@ -139,6 +139,8 @@ class Renderer:
         py = (axis[None, :, None] - cy[:, None, None]) / half[:, None, None]  # [T, H, 1]
         rgb, alpha = self._object(scene.triple[0], px, py, half, size)
         frame = background(scene.triple[2], size, times)  # [T or 1, H, W, 3]
+        if style is not None:
+            return STYLES[style](rgb, alpha, frame) * 2 - 1
         return (rgb + frame * (1 - alpha)) * 2 - 1
 
     def _object(self, name: str, px: torch.Tensor, py: torch.Tensor, half: torch.Tensor, size: int):
@@ -167,6 +169,29 @@ class Renderer:
             distance = torch.maximum(py - 0.8, (2 * ax - py - 1.0) / 5**0.5)
         alpha = (0.5 - distance * half[:, None, None] * size).clamp(0, 1)[..., None]
         return alpha * torch.tensor(PALETTE[colour]) / 255, alpha
+
+
+PAPER, INK = (247, 236, 214), (28, 24, 48)
+
+
+def ink_background(frame: torch.Tensor) -> torch.Tensor:
+    """A background in 0..1 as a pale wash on paper."""
+    return 0.3 * frame + 0.7 * torch.tensor(PAPER) / 255
+
+
+def ink(rgb: torch.Tensor, alpha: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+    """A pen drawing on paper: pale background, light colours, a dark line, a 32nd of the frame wide, on each side
+    of the edge. rgb [T, H, W, 3] is premultiplied with alpha [T, H, W, 1]; the frames are [T, H, W, 3] in 0..1."""
+    paper = torch.tensor(PAPER) / 255
+    drawn = 0.75 * rgb + 0.25 * alpha * paper + ink_background(frame) * (1 - alpha)
+    reach = 2 * (rgb.shape[1] // 32) + 1
+    planes = alpha.permute(0, 3, 1, 2)
+    grown, shrunk = (s * F.max_pool2d(s * planes, reach, 1, reach // 2) for s in (1, -1))
+    line = (grown - shrunk).permute(0, 2, 3, 1)
+    return drawn * (1 - line) + line * torch.tensor(INK) / 255
+
+
+STYLES = {"ink": ink}
 
 
 def background(name: str, size: int, times: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,15 @@
     python examples/train_demo/train.py base --out runs/base      # about 70 minutes on one CPU core
     python examples/train_demo/train.py ssr --out runs/ssr        # about 40
     python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
+    python examples/train_demo/train.py style --out runs/ink      # about 16, on top of the finished base
+    python examples/train_demo/export.py --style runs/ink -o pylumiere/demo/styles/ink.safetensors
 
 The base sees clips at a low frame rate first (8 frames spread over the five seconds), where motion from frame to frame
 is large and a clip is cheap, then 20 and at last all 80. Frame times are absolute, so what is learned at one rate
 holds at the next. Each stage saves its weights every minute; the same command goes on from there.
+
+A style is a low-rank change of the base's spatial convolutions, with their biases and norms, learnt from clips in that
+style. Everything else is frozen, the temporal layers above all: a styled clip moves as before.
 """
 
 from __future__ import annotations
@@ -20,9 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import CLIP_FRAMES, Renderer, caption, is_held_out, sample_scene, triples
+from data import CLIP_FRAMES, STYLES, Renderer, caption, is_held_out, sample_scene, triples
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize
 
+from pylumiere.checkpoint import find_model, load_checkpoint
 from pylumiere.config import stage_preset
 from pylumiere.model import STUNet, image_config
 from pylumiere.schedules import make_schedule
@@ -54,6 +62,7 @@ STAGES = {
         Stage("video4", 14, 4, 1, 6, 5e-4, crop=64),
         Stage("video8", 14, 8, 1, 1, 2.5e-4),
     ],
+    "style": [Stage("style8", 8, 8, 10, 6, 2e-3), Stage("style20", 8, 20, 4, 2, 8e-4)],
 }
 
 
@@ -76,11 +85,10 @@ class Captions:
 class ClipBatches:
     """Draws batches: clean clips, and for the base the conditioning video and mask, text and its mask."""
 
-    def __init__(self, network: str, seed: int, captions: int):
+    def __init__(self, network: str, seed: int, captions: int, style: str | None = None):
         self.rng = np.random.default_rng(seed)
-        self.renderer = Renderer()
-        self.network = network
-        self.captions = Captions(captions, self.rng) if network == "base" else None
+        self.renderer, self.style = Renderer(), style
+        self.captions = None if network == "ssr" else Captions(captions, self.rng)
         self.triples = [t for t in triples() if not is_held_out(t)]
 
     def base(self, stage: Stage):
@@ -91,7 +99,8 @@ class ClipBatches:
             times = torch.arange(stage.frames) * stage.stride + (
                 int(rng.integers(CLIP_FRAMES)) if stage.frames == 1 else first
             )
-            clips.append(self.renderer.render(sample_scene(self.captions.triples[row], rng), 32, times))
+            scene = sample_scene(self.captions.triples[row], rng)
+            clips.append(self.renderer.render(scene, 32, times, self.style))
         clean = torch.stack(clips)
         mask = torch.stack([self._mask(stage.frames, clean.shape[2]) for _ in rows])
         dropped = rng.random(stage.batch) < 0.1
@@ -130,6 +139,33 @@ class ClipBatches:
         return torch.stack(clean), torch.stack(low)
 
 
+class LowRank(nn.Module):
+    """weight + up @ down; starts as the weight itself."""
+
+    def __init__(self, weight: torch.Tensor, rank: int):
+        super().__init__()
+        inputs = weight[0].numel()
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def add_low_rank(model: STUNet, rank: int) -> None:
+    """Freezes the network but for a low-rank change of its spatial convolutions, their biases and the norms."""
+    model.requires_grad_(False)
+    convolutions = {n.removesuffix(".weight") for n, p in model.named_parameters() if p.ndim == 4}
+    for name, module in list(model.named_modules()):
+        if model.is_temporal(f"{name}.weight"):
+            continue
+        if name in convolutions:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+            module.bias.requires_grad_(True)
+        elif type(module).__name__ == "GroupNorm":
+            module.requires_grad_(True)
+
+
 def upsample(low: torch.Tensor, factor: int) -> torch.Tensor:
     """Bilinear upsampling of [B, T, H, W, C]."""
     frames = low.flatten(0, 1).permute(0, 3, 1, 2)
@@ -163,10 +199,8 @@ def sample_timesteps(batch: int, steps: int, rng: np.random.Generator) -> torch.
 
 
 def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, out: Path, minutes_scale: float) -> None:
-    schedule = make_schedule(
-        stage_preset(f"demo-{network}").schedule.name,
-        logsnr_shift=stage_preset(f"demo-{network}").schedule.logsnr_shift,
-    )
+    settings = stage_preset("demo-ssr" if network == "ssr" else "demo-base").schedule
+    schedule = make_schedule(settings.name, logsnr_shift=settings.logsnr_shift)
     alphas, sigmas = (torch.from_numpy(v).float() for v in (schedule.alphas, schedule.sigmas))
     state_file, weight_file = out / f"{stage.name}.json", out / f"{stage.name}.safetensors"
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -178,11 +212,12 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
         model.load_state_dict({k.removeprefix("raw."): v for k, v in saved.items() if k.startswith("raw.")})
         ema = {k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")}
     budget = stage.minutes * 60 * minutes_scale
-    temporal = [p for n, p in model.named_parameters() if model.is_temporal(n)]
-    spatial = [p for n, p in model.named_parameters() if not model.is_temporal(n)]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    temporal = [p for n, p in trained if model.is_temporal(n)]
+    spatial = [p for n, p in trained if not model.is_temporal(n)]
     factor = 0.4 if temporal else 1.0
     optimizer = torch.optim.AdamW(
-        [{"params": spatial, "scale": factor}, {"params": temporal, "scale": 1.0}],
+        [{"params": p, "scale": f} for p, f in ((spatial, factor), (temporal, 1.0)) if p],
         lr=stage.lr,
         weight_decay=0.01,
         betas=(0.9, 0.99),
@@ -207,7 +242,7 @@ def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, o
             group["lr"] = stage.lr * warm * decay * group["scale"]
         timesteps = sample_timesteps(stage.batch, len(alphas), batches.rng)
         a, s = (v[timesteps][:, None, None, None, None] for v in (alphas, sigmas))
-        if network == "base":
+        if network != "ssr":
             clean, mask, text, text_mask, first = batches.base(stage)
             noisy = a * clean + s * torch.randn_like(clean)
             inputs, given = (
@@ -253,17 +288,28 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=10000, help="size of the caption bank")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--style", choices=STYLES, default="ink", help="for `style`: the look")
+    parser.add_argument("--model", default="demo", help="for `style`: the model to start from")
+    parser.add_argument("--rank", type=int, default=8, help="for `style`: rank of the change of each convolution")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = stage_preset(f"demo-{args.network}").network
     # A resumed run must not see the same draws again.
     restarts = len(list(args.out.glob("started.*")))
     (args.out / f"started.{restarts}").touch()
     torch.manual_seed(args.seed + restarts)
-    batches = ClipBatches(args.network, args.seed + restarts, args.captions)
-    model = STUNet(image_config(config))
+    is_style = args.network == "style"
+    batches = ClipBatches(args.network, args.seed + restarts, args.captions, args.style if is_style else None)
+    if is_style:
+        checkpoint = load_checkpoint(find_model(args.model))
+        config = checkpoint.config.base.network
+        model = STUNet(config)
+        model.load_state_dict(checkpoint.base)
+        add_low_rank(model, args.rank)
+    else:
+        config = stage_preset(f"demo-{args.network}").network
+        model = STUNet(image_config(config))
     for stage in STAGES[args.network]:
         if stage.frames > 1 and model.config.num_frames == 1:
             model = STUNet.from_image_unet(model, config)

@@ -181,6 +181,10 @@ class BatchSampler:
         self._core.remove_clip(clip)
         del self._clips[clip]
 
+    def set_paused(self, clip: int, paused: bool) -> None:
+        """A paused clip keeps its buffers and is given no new tasks. Its task in the current batch still completes."""
+        self._core.set_paused(clip, paused)
+
     def extend(self, clip: int, available: int, ended: bool) -> None:
         """A clip of unknown length: `available` frames have arrived; `ended`: there will be no more."""
         self._core.extend(clip, available, ended)

@@ -82,6 +82,7 @@ struct Wavefront::Clip {
   int steps;
   BufferSizes sizes;
   bool whole;  // one slot a frame
+  bool paused = false;
   std::int64_t settled, available;
   std::int64_t first_key = 0, next_key = 0, oldest_key = 0, end_key = kUnknown;
   std::int64_t first_fresh = 0, next_fresh = 0;  // unrolled
@@ -192,6 +193,7 @@ struct Wavefront::Clip {
   }
 
   bool take(std::vector<Task>& tasks, std::vector<FreshFrame>& fresh) {
+    if (paused) return false;
     std::int64_t key;
     if (!ready.empty()) {
       key = ready.top();
@@ -312,6 +314,8 @@ void Wavefront::remove_clip(std::int64_t clip) {
   find(clip);
   std::erase_if(clips_, [clip](const auto& c) { return c->id == clip; });
 }
+
+void Wavefront::set_paused(std::int64_t clip, bool paused) { find(clip).paused = paused; }
 
 void Wavefront::extend(std::int64_t clip, std::int64_t available, bool ended) {
   Clip& c = find(clip);

@@ -50,6 +50,7 @@ class Sampler {
 
   std::int64_t add_clip(const WindowPlan& plan, ClipSettings settings, int capacity);
   void remove_clip(std::int64_t clip);
+  void set_paused(std::int64_t clip, bool paused) { wavefront_.set_paused(clip, paused); }
   void extend(std::int64_t clip, std::int64_t available, bool ended) { wavefront_.extend(clip, available, ended); }
 
   // Chooses the next batch: at most `capacity` tasks, none if no clip can go on. The batch stays current until

@@ -77,6 +77,8 @@ class Wavefront {
   // `capacity`: tasks that one batch may hold; more of it keeps more frames in flight. Returns the clip's handle.
   std::int64_t add_clip(const WindowPlan& plan, int steps, int capacity);
   void remove_clip(std::int64_t clip);
+  // A paused clip keeps its buffers and is given no new tasks; those that were handed out still complete.
+  void set_paused(std::int64_t clip, bool paused);
 
   // A clip of unknown length: frames 0 .. available-1 are there; `ended`: there will be no more.
   void extend(std::int64_t clip, std::int64_t available, bool ended);

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pylumiere.backends.choice import Choice
+from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.checkpoint import Checkpoint, build_network
 from pylumiere.config import STUNetConfig
 from pylumiere.model import PlainOps, STUNet
@@ -38,7 +39,7 @@ class TorchBackend:
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def _ops(self) -> PlainOps:
-        return PlainOps()
+        return CpuOps() if self.device.type == "cpu" else PlainOps()
 
     def _prepare(self, config: STUNetConfig, weights: Mapping[str, Tensor]) -> STUNet:
         prepared = {name: _channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
@@ -55,6 +56,8 @@ class TorchBackend:
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         noise_level: Tensor | None = None,
+        *,
+        num_threads: int | None = None,
     ) -> Tensor:
         """One network call.
 
@@ -64,12 +67,14 @@ class TorchBackend:
             timesteps: [B] float32; one per batch element.
             text, text_mask: [B, L, D] float32 and [B, L] bool, for a network with text.
             noise_level: [B] float32, for a network that takes one.
+            num_threads: of this call on the CPU; the backend's own number if None.
 
         Returns:
             [B, T, H, W, 3] float32, contiguous.
         """
-        if self.device.type == "cpu" and torch.get_num_threads() != self.num_threads:
-            torch.set_num_threads(self.num_threads)  # per thread of the caller
+        num_threads = num_threads or self.num_threads
+        if self.device.type == "cpu" and torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)  # per thread of the caller
         return self._networks[stage](sample, timesteps, text, text_mask, noise_level).contiguous()
 
 

@@ -12,6 +12,7 @@
 #include "lumiere/bounded_queue.hpp"
 #include "lumiere/convert.hpp"
 #include "lumiere/denoise_step.hpp"
+#include "lumiere/group_norm.hpp"
 #include "lumiere/sampler.hpp"
 #include "lumiere/wavefront.hpp"
 #include "lumiere/window_plan.hpp"
@@ -221,6 +222,29 @@ NB_MODULE(_runtime, m) {
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }
   });
+
+  // Addresses instead of arrays: this runs a hundred times in a network call, and a DLPack argument costs a microsecond.
+  m.def("group_norm",
+        [](std::uintptr_t x, std::uintptr_t y, bool is_bfloat16, std::int64_t frames, std::int64_t pixels,
+           std::int64_t channels, std::int64_t groups, float eps, std::uintptr_t weight, std::uintptr_t bias,
+           std::uintptr_t scale, std::uintptr_t shift, std::int64_t frames_per_row, std::int64_t row_stride, bool silu,
+           std::uintptr_t parallel, int num_threads, std::optional<int> instruction_set) {
+          require(frames > 0 && pixels > 0 && groups > 0 && channels > 0 && channels % groups == 0 && frames_per_row > 0,
+                  "frames, pixels, groups and frames_per_row must be positive and groups must divide channels");
+          loops_at(instruction_set);
+          const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<const void*>(address); };
+          const GroupNorm call{pointer(x), reinterpret_cast<void*>(y),
+                               is_bfloat16 ? ElementType::bfloat16 : ElementType::float32, frames, pixels, channels,
+                               groups, eps, pointer(weight), pointer(bias), pointer(scale), pointer(shift),
+                               frames_per_row, row_stride, silu};
+          nb::gil_scoped_release release;
+          group_norm(call, instruction_set ? group_norm_frame_by_index(*instruction_set) : group_norm_frame(),
+                     reinterpret_cast<ParallelRegion>(parallel), num_threads);
+        },
+        "x"_a, "y"_a, "is_bfloat16"_a, "frames"_a, "pixels"_a, "channels"_a, "groups"_a, "eps"_a, "weight"_a, "bias"_a,
+        "scale"_a, "shift"_a, "frames_per_row"_a, "row_stride"_a, "silu"_a, "parallel"_a, "num_threads"_a,
+        "instruction_set"_a = nb::none(),
+        "GroupNorm per frame, modulation and SiLU on memory at addresses; see lumiere/group_norm.hpp. 0 is null.");
 
   nb::class_<WindowPlan>(m, "WindowPlan")
       .def("__init__",

@@ -21,7 +21,7 @@ _IS_BFLOAT16 = {torch.float32: False, torch.bfloat16: True}
 
 
 class CpuOps(PlainOps):
-    """PlainOps with the norm in one pass. For inference; statistics and the result's rounding are in fp32 and double."""
+    """PlainOps with the norm in one pass. For inference; between load and store the arithmetic is fp32 or wider."""
 
     name = "cpu"
 

@@ -35,8 +35,11 @@ def oracle(x, norm, scale, shift, silu):
 @pytest.mark.parametrize("rows", [None, "clip", "frame"])
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((1, 1, 1, 2, 1), 1), ((2, 3, 5, 7, 24), 3), ((2, 4, 17, 16, 64), 4), ((3, 2, 2, 2, 83), 83), ((2, 5, 8, 8, 320), 8)],
-)
+    [
+        ((1, 1, 1, 2, 1), 1), ((2, 3, 5, 7, 24), 3), ((2, 4, 17, 16, 64), 4), ((3, 2, 2, 2, 83), 83),
+        ((2, 5, 8, 8, 320), 8),
+    ],
+)  # fmt: skip
 @torch.inference_mode()
 def test_equals_the_definition_in_float64(shape, groups, rows, silu, dtype):
     x, weight, bias, normal = parts(shape, dtype)
@@ -56,7 +59,8 @@ def test_rows_of_any_layout_are_read_right():
     norm = Norm(weight, bias, 4, 1e-5)
     spaced = normal(2, 6, 32)[:, ::2]  # rows of one clip are evenly spaced, those of two are too
     expanded = normal(1, 3, 16).expand(2, 3, 16)
-    for scale, shift in (spaced.chunk(2, -1), (expanded, normal(2, 3, 16)), (normal(2, 1, 16), normal(2, 2, 16)[:, 1:])):
+    every_second = normal(2, 2, 16)[:, 1:]
+    for scale, shift in (spaced.chunk(2, -1), (expanded, normal(2, 3, 16)), (normal(2, 1, 16), every_second)):
         result = cpu_ops.CpuOps().activate(x, norm, scale, shift, True)
         assert rel_rms(result, oracle(x, norm, scale, shift, True)) < BOUND[torch.float32]
 

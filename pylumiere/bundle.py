@@ -17,21 +17,23 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pylumiere.config import ModelConfig
-from pylumiere.errors import BundleError
+from pylumiere.errors import BundleError, IntegrityError
 
 SCHEMA_VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 # Limits on what an untrusted bundle may make us do before its hashes are known to be right.
-MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 2 * 2**20  # parsed, at most about 100 times as much
 MAX_FILES = 4096
 MAX_BYTES = 256 * 2**30
 MAX_PATH = 240
@@ -318,6 +320,230 @@ class Manifest(_Strict):
             yield from artefact.files
 
 
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Bundle:
+    """An open bundle. `open_bundle` makes it; it may be shared between threads.
+
+    Attributes:
+        path: of the folder.
+        manifest: what it says.
+        is_signed: a manifest.sig is there.
+        is_trusted: it was checked against a trusted key.
+    """
+
+    def __init__(self, path: Path, root: int, manifest: Manifest, is_signed: bool, is_trusted: bool):
+        self.path, self.manifest, self.is_signed, self.is_trusted = path, manifest, is_signed, is_trusted
+        self.config = manifest.config
+        # Files are opened below this descriptor: a bundle that is replaced by name stays the one that was checked.
+        self._root = root
+        weakref.finalize(self, os.close, root)
+
+    def read(self, name: str) -> bytes:
+        """A listed file's bytes, hashed as they are in memory.
+
+        Raises:
+            IntegrityError: they are not those of the manifest.
+            BundleError: the file is not listed, or cannot be read.
+        """
+        entry = self._entry(name)
+        with _open_below(self._root, name, self.path) as file:
+            if os.fstat(file.fileno()).st_size != entry.size:  # before that much is allocated
+                raise self._changed(name)
+            data = file.read(entry.size)
+            if len(data) != entry.size or file.read(1):
+                raise self._changed(name)
+        self._check(name, entry, hashlib.sha256(data).hexdigest())
+        return data
+
+    def check_hashes(self, on_file: Callable[[str, int], None] | None = None) -> None:
+        """Compares every file with its size and hash. `on_file(path, bytes)` is called after each.
+
+        Raises:
+            IntegrityError, BundleError: as `read`; the first file that differs is named.
+        """
+        piece = bytearray(_CHUNK)
+        for name, entry in self.manifest.files.items():
+            digest, size = hashlib.sha256(), 0
+            with _open_below(self._root, name, self.path) as file:
+                while size <= entry.size and (count := file.readinto(piece)):
+                    digest.update(memoryview(piece)[:count])
+                    size += count
+            if size != entry.size:
+                raise self._changed(name)
+            self._check(name, entry, digest.hexdigest())
+            if on_file is not None:
+                on_file(name, entry.size)
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: {name!r} is not listed in the manifest")
+        return self.manifest.files[name]
+
+    def _check(self, name: str, entry: FileEntry, digest: str) -> None:
+        if digest != entry.sha256:
+            raise IntegrityError(f"{self.path}: {name} is damaged or was changed: its SHA-256 is not the manifest's")
+
+    def _changed(self, name: str) -> IntegrityError:
+        return IntegrityError(f"{self.path}: {name} changed its size while it was read")
+
+
+def is_bundle(path: str | os.PathLike) -> bool:
+    """Whether a path is meant as a bundle: it ends in .plm, or is a folder with a manifest."""
+    return Path(path).suffix == ".plm" or (Path(path) / MANIFEST).is_file()
+
+
+def open_bundle(
+    path: str | os.PathLike, trusted_key: Any = None, *, check_hashes: bool = True, max_bytes: int = MAX_BYTES
+) -> Bundle:
+    """Opens a bundle after checking all of it; nothing in it is parsed but the manifest.
+
+    Args:
+        path: the folder.
+        trusted_key: an Ed25519 public key (of `cryptography`), or the path of one in PEM. Given, the bundle must carry
+            that key's signature; without one, a signature is not looked at.
+        check_hashes: False leaves the files' content to `Bundle.check_hashes` and `Bundle.read`.
+        max_bytes: of all files together; more is refused before any is read.
+
+    Raises:
+        IntegrityError: a file's size or hash, or the signature, is not as it should be.
+        BundleError: everything else that is wrong with it.
+    """
+    path = Path(path)
+    key = None if trusted_key is None else load_public_key(trusted_key)
+    try:
+        root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"bundle {str(path)!r} cannot be opened: {getattr(error, 'strerror', error)}") from None
+    try:
+        raw = _read_limited(root, MANIFEST, MAX_MANIFEST_BYTES, path)
+        found = _walk(root, path)
+        is_signed = SIGNATURE in found
+        if key is not None:
+            _check_signature(root, raw, is_signed, key, path)
+        manifest = parse_manifest(raw, str(path))
+        _compare(manifest, found, max_bytes, path)
+        bundle = Bundle(path, root, manifest, is_signed, key is not None)
+    except BaseException:
+        os.close(root)
+        raise
+    if check_hashes:
+        bundle.check_hashes()
+    return bundle
+
+
+def _check_signature(root: int, raw: bytes, is_signed: bool, key: Any, path: Path) -> None:
+    from cryptography.exceptions import InvalidSignature
+
+    if not is_signed:
+        raise IntegrityError(f"{path} is not signed ({SIGNATURE} is missing), and a trusted key was given")
+    signature = _read_limited(root, SIGNATURE, 64, path)
+    try:
+        key.verify(signature, raw)
+    except InvalidSignature:
+        raise IntegrityError(f"{path}: {SIGNATURE} is not the trusted key's signature of {MANIFEST}") from None
+
+
+def _walk(root: int, path: Path) -> dict[str, int]:
+    """Relative path and size of every file. Anything but plain files and folders is refused."""
+    found: dict[str, int] = {}
+    folders = [""]
+    for folder in folders:  # grows
+        if len(folders) > MAX_FILES:
+            raise BundleError(f"{path} has more than {MAX_FILES} folders")
+        handle = _open_folder(root, folder, path)
+        try:
+            with os.scandir(handle) as entries:
+                names = [entry.name for _, entry in zip(range(MAX_FILES + 3), entries, strict=False)]
+            if len(names) > MAX_FILES + 2:
+                raise BundleError(f"{path} has more than {MAX_FILES} files")
+            for name in names:
+                where = f"{folder}{name}"
+                facts = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    if where.count("/") >= 8:
+                        raise BundleError(f"{path}: folders are nested too deep: {where[:80]!a}")
+                    folders.append(f"{where}/")
+                elif stat.S_ISREG(facts.st_mode):
+                    found[where] = facts.st_size
+                else:
+                    raise BundleError(f"{path}: {where[:80]!a} is a link or a device, which no bundle holds")
+        except OSError as error:
+            raise BundleError(f"{path}: {folder[:80]!a} cannot be read: {error.strerror}") from None
+        finally:
+            os.close(handle)
+        if len(found) > MAX_FILES + 2:
+            raise BundleError(f"{path} has more than {MAX_FILES} files")
+    listed = {name.rsplit("/", depth)[0] + "/" for name in found for depth in range(1, name.count("/") + 1)}
+    if empty := sorted(set(folders) - listed - {""}):
+        raise BundleError(f"{path}: folder {empty[0][:80]!a} is empty")
+    return found
+
+
+def _compare(manifest: Manifest, found: Mapping[str, int], max_bytes: int, path: Path) -> None:
+    """The folder against the manifest: names, then sizes, before a byte is read."""
+    total = sum(entry.size for entry in manifest.files.values())
+    if total > max_bytes:
+        raise BundleError(f"{path}: its files add up to {total} bytes; at most {max_bytes} are allowed")
+    present = set(found) - {MANIFEST, SIGNATURE}
+    if missing := sorted(set(manifest.files) - present):
+        raise BundleError(f"{path}: {missing[0]} is missing" + _more(missing))
+    if unlisted := sorted(present - set(manifest.files)):
+        raise BundleError(f"{path}: {unlisted[0][:80]!a} is not listed in the manifest" + _more(unlisted))
+    for name, entry in manifest.files.items():
+        if found[name] != entry.size:
+            raise IntegrityError(f"{path}: {name} has {found[name]} bytes; the manifest says {entry.size}")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _open_folder(root: int, folder: str, path: Path) -> int:
+    """A descriptor of a folder below `root`; no part of the way may be a link."""
+    handle = os.dup(root)
+    try:
+        for part in folder.split("/"):
+            if part:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle)
+                os.close(handle)
+                handle = below
+    except OSError as error:
+        os.close(handle)
+        raise BundleError(f"{path}: {folder[:80]!a} cannot be opened: {error.strerror}") from None
+    # A descriptor of its own place in the folder: that of `root` is shared by its copies.
+    own = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=handle)
+    os.close(handle)
+    return own
+
+
+def _open_below(root: int, name: str, path: Path):
+    """A plain file below `root`, for reading."""
+    folder, _, last = name.rpartition("/")
+    above = _open_folder(root, folder, path)
+    try:
+        # O_NONBLOCK: a pipe that took the file's place must not make us wait.
+        handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=above)
+    except OSError as error:
+        raise BundleError(f"{path}: {name} cannot be opened: {error.strerror}") from None
+    finally:
+        os.close(above)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BundleError(f"{path}: {name} is no plain file")
+    return open(handle, "rb")
+
+
+def _read_limited(root: int, name: str, limit: int, path: Path) -> bytes:
+    with _open_below(root, name, path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(limit + 1)
+    if max(size, len(data)) > limit:
+        raise BundleError(f"{path}: {name} has {size} bytes; at most {limit} are read")
+    return data
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -357,28 +583,28 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest, sign_key: Any 
         _write(folder / SIGNATURE, signature)
 
 
-def parse_manifest(raw: bytes) -> Manifest:
-    """The manifest from its bytes.
+def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
+    """The manifest from its bytes. `where` is the bundle's name in an error.
 
     Raises:
         BundleError: too large, no JSON, a name twice in one object, an unknown schema version, or a field that is
             missing, unknown, of the wrong type or outside its limits; the field is named.
     """
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{MANIFEST} has {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+        raise BundleError(f"{where}: {MANIFEST} has {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{MANIFEST} is no JSON: {_one_line(error)}") from None
+        raise BundleError(f"{where}: {MANIFEST} is no JSON: {_one_line(error)}") from None
     if not isinstance(data, dict):
-        raise BundleError(f"{MANIFEST} holds no JSON object")
+        raise BundleError(f"{where}: {MANIFEST} holds no JSON object")
     version = data.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int):
-        raise BundleError(f"{MANIFEST} has no schema_version")
+        raise BundleError(f"{where}: {MANIFEST} has no schema_version")
     if version != SCHEMA_VERSION:
         remedy = "update pylumiere" if version > SCHEMA_VERSION else "export the bundle again"
         raise BundleError(
-            f"{MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "
+            f"{where}: {MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "
             f"{SCHEMA_VERSION}: {remedy}"
         )
     try:
@@ -386,7 +612,51 @@ def parse_manifest(raw: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part)[:80] for part in first["loc"])
-        raise BundleError(f"{MANIFEST}: {place + ': ' if place else ''}{_one_line(first['msg'])}") from None
+        raise BundleError(f"{where}: {MANIFEST}: {place + ': ' if place else ''}{_one_line(first['msg'])}") from None
+
+
+def load_public_key(key: Any):
+    """An Ed25519 public key from a PEM file.
+
+    Raises:
+        BundleError: no such file, or no such key in it.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    if isinstance(key, Ed25519PublicKey):
+        return key
+    try:
+        loaded = serialization.load_pem_public_key(_read_small(Path(key)))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BundleError(f"{key} is no public key in PEM: {_one_line(error)[:120]}") from None
+    if not isinstance(loaded, Ed25519PublicKey):
+        raise BundleError(f"{key} is no Ed25519 key")
+    return loaded
+
+
+def make_key_pair(private: str | os.PathLike, public: str | os.PathLike) -> None:
+    """Writes a new Ed25519 key pair as PEM files, the private one for its owner's eyes only. Nothing is overwritten.
+
+    Raises:
+        BundleError: a file is there already, or cannot be written.
+    """
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    secret = key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
+    shown = key.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
+    if Path(public).exists():
+        raise BundleError(f"{public} exists; it is not overwritten")
+    for path, data, mode in ((private, secret, 0o600), (public, shown, 0o644)):
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be written: {error.strerror}") from None
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
 
 
 def load_private_key(key: Any):
@@ -433,10 +703,11 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} stands twice in one object")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]!r} stands twice in one object")
+        found[name] = value
     return found
 
 

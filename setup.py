@@ -67,7 +67,11 @@ class CMakeBuild(build_ext):
 setup(
     packages=PACKAGES,
     package_dir={name: folder for name, folder in MAPPED.items() if name in PACKAGES},
-    package_data={"pylumiere": ["demo/*", "demo/**/*", "py.typed"], "pylumiere.kernels": ["csrc/*"]},
+    package_data={
+        "pylumiere": ["demo/*", "demo/**/*", "py.typed"],
+        "pylumiere.kernels": ["csrc/*"],
+        "pylumiere.serve": ["page/*"],
+    },
     include_package_data=False,
     ext_modules=[Extension("pylumiere._runtime", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

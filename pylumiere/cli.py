@@ -187,6 +187,83 @@ def doctor(as_json: Json = False) -> None:
         print(report.to_text())
 
 
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(bench, name="bench", help="Measurements on this machine.")
+
+
+@bench.command("ops")
+@_interruptible
+def bench_ops(
+    op: Annotated[list[str] | None, typer.Option(help="An operator; may be repeated. All if not given.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few values, checked but not timed.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Search tiles on this GPU; prints rows for a table.")] = False,
+    rows: Annotated[Path | None, typer.Option("--json", help="Append a JSON line per measurement here.")] = None,
+    vs: Annotated[str | None, typer.Option(help="Rivals: eager, compile, or both with a comma between.")] = None,
+) -> int:
+    """Times each operator against PyTorch, after checking its result."""
+    from pylumiere.bench.ops import run
+
+    return run(op or (), smoke=smoke, tune=tune, path=rows, vs=vs.split(",") if vs else None)
+
+
+@app.command()
+@_interruptible
+def serve(
+    model: Model = "demo",
+    host: Annotated[str, typer.Option(help="Address; other than loopback needs --api-keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    data: Annotated[Path, typer.Option(help="Folder of jobs and results; made if missing.")] = Path("pylumiere-data"),
+    api_keys: Annotated[Path | None, typer.Option(help="Key file; see serve-key. Without one: loopback only.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name for the model; may be repeated.")] = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    memory_budget: Annotated[str | None, typer.Option(help="Of the engine, such as 4GiB.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Jobs in the engine at once.")] = 4,
+    queue_limit: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs that wait; more get 429.")] = 256,
+    max_body: Annotated[str, typer.Option(help="Largest request.")] = "12MiB",
+    max_pixels: Annotated[int, typer.Option(min=1, max=2**28, help="Largest input picture.")] = 2**24,
+    keep_for: Annotated[str | None, typer.Option(help="Ended jobs are removed after this, such as 7d or 12h.")] = None,
+    keep_size: Annotated[str | None, typer.Option(help="The oldest results are removed beyond this.")] = None,
+) -> None:
+    """Serves OpenAI's video API and a page."""
+    try:
+        from pylumiere.serve.app import Limits
+        from pylumiere.serve.server import ServeOptions, parse_bytes, parse_seconds
+        from pylumiere.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(f"the package {error.name} is missing; install pylumiere[serve]") from None
+    limits = Limits(queue=queue_limit, body_bytes=parse_bytes("--max-body", max_body), image_pixels=max_pixels)
+    options = ServeOptions(
+        model=model, aliases=tuple(alias or ()), host=host, port=port, data=data, api_keys=api_keys, backend=backend,
+        device=device, precision=precision, concurrency=concurrency, limits=limits,
+        memory_budget=None if memory_budget is None else parse_bytes("--memory-budget", memory_budget),
+        keep_seconds=None if keep_for is None else parse_seconds("--keep-for", keep_for),
+        keep_bytes=None if keep_size is None else parse_bytes("--keep-size", keep_size),
+    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, then repeats the signal
+        run(options)
+
+
+@app.command()
+@_interruptible
+def serve_key(
+    name: Annotated[str, typer.Argument(help="Of the key's owner.")],
+    file: Annotated[Path | None, typer.Option(help="Key file to add it to; made if missing.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs of this key that wait or run.")] = 16,
+    requests_per_minute: Annotated[int, typer.Option(min=1, max=10**6, help="Of this key.")] = 1200,
+) -> None:
+    """Makes an API key. It is shown once; the key file holds its hash."""
+    from pylumiere.serve.keys import append_key, make_key
+
+    key, line = make_key(name, jobs, requests_per_minute)
+    if file is None:
+        print(f"add to the key file:\n{line}", file=sys.stderr)
+    else:
+        append_key(file, line)
+    print(key)
+
+
 def _load(model: str, backend: str, device: str, precision: str):
     from pylumiere.engine import Engine
 

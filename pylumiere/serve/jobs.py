@@ -1,0 +1,302 @@
+"""Takes jobs from the store, runs them on a worker, writes the results. One thread for each job that runs.
+
+A worker is where the engine is: in this process (`LocalWorker`), or in one of many (`ray_app`). It may be lost in
+mid-job (`WorkerLost`); the job then goes back into the queue and runs again, from its stored request and seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from pylumiere.engine import Chunk, Engine
+from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
+from pylumiere.request import GenerationRequest, Progress
+from pylumiere.serve import media, schema
+from pylumiere.serve.hub import Hub
+from pylumiere.serve.metrics import Metrics
+from pylumiere.serve.store import Job, Store
+from pylumiere.video import VideoWriter
+from pylumiere.windows import NonFiniteOutput
+
+logger = logging.getLogger("pylumiere")
+
+SWEEP_SECONDS = 60.0
+
+
+class WorkerLost(RuntimeError):
+    """The worker ended in mid-job through no fault of the job's."""
+
+
+class Work(Protocol):
+    """One clip in the making: final frames in order. After the last, `metadata` tells what was done."""
+
+    metadata: dict[str, Any]
+
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+    def cancel(self) -> None:
+        """From any thread; the iterator then raises Cancelled."""
+
+
+class Worker(Protocol):
+    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work: ...
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises what a worker would: InvalidRequest, BudgetExceeded."""
+
+
+class Runner:
+    """Runs what the store holds, `concurrency` jobs at once.
+
+    Args:
+        worker: None until `set_worker`; jobs wait for it.
+    """
+
+    def __init__(self, store: Store, hub: Hub, metrics: Metrics, *, concurrency: int):
+        self.store, self.hub, self.metrics, self.concurrency = store, hub, metrics, concurrency
+        self.worker: Worker | None = None
+        self.seconds_per_job = 2.0  # a moving mean, for Retry-After
+        self._base_share = 0.5  # of a clip's time, a moving mean, for the percentage
+        self._changed = threading.Condition()
+        self._running: dict[str, _Running] = {}
+        self._is_closing = False
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="pylumiere-serve")
+        self._dispatcher = threading.Thread(target=self._dispatch, name="pylumiere-dispatch", daemon=True)
+        self._dispatcher.start()
+
+    def set_worker(self, worker: Worker) -> None:
+        with self._changed:
+            self.worker = worker
+            self._changed.notify_all()
+
+    def notify(self) -> None:
+        """There may be something to do."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def cancel(self, id: str) -> None:
+        """Stops a job that was deleted. Its slot is free after at most one call of a network."""
+        with self._changed:
+            running = self._running.get(id)
+        if running is not None:
+            running.cancel()
+
+    @property
+    def num_running(self) -> int:
+        with self._changed:
+            return len(self._running)
+
+    def percent(self, id: str) -> int:
+        with self._changed:
+            running = self._running.get(id)
+        return 0 if running is None else running.percent
+
+    def close(self) -> None:
+        """Stops what runs; it goes back into the queue, for the next start."""
+        with self._changed:
+            self._is_closing = True
+            running = list(self._running.values())
+            self._changed.notify_all()
+        for one in running:
+            one.cancel()
+        self._dispatcher.join()
+        self._pool.shutdown()
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        swept = time.monotonic()
+        while True:
+            with self._changed:
+                if self._is_closing:
+                    return
+                job = None
+                if self.worker is not None and len(self._running) < self.concurrency:
+                    job = self._claim()
+                if job is None:
+                    self._changed.wait(SWEEP_SECONDS)
+                else:
+                    running = self._running[job.id] = _Running(self._base_share)
+                    self._pool.submit(self._run, job, running)
+            if time.monotonic() - swept > SWEEP_SECONDS:
+                swept = time.monotonic()
+                self._sweep()
+
+    def _claim(self) -> Job | None:
+        try:
+            return self.store.claim()
+        except Exception:
+            logger.exception("the store cannot be read")
+            time.sleep(1)
+            return None
+
+    def _sweep(self) -> None:
+        try:
+            for id in self.store.sweep():
+                self.hub.publish(id, "status")
+        except Exception:
+            logger.exception("the retention of old clips failed")
+
+    def _run(self, job: Job, running: _Running) -> None:
+        outcome = "failed"
+        try:
+            self.hub.publish(job.id, "status")
+            self.metrics.queue_seconds.observe(max(0.0, job.started_at - job.created_at))
+            outcome = self._make(job, running)
+        except Cancelled:
+            outcome = "cancelled"
+            if self._is_closing:
+                self.store.requeue(job.id, is_attempt=False)
+        except WorkerLost as error:
+            logger.warning("job %s: its worker was lost (%s); attempt %d", job.id, error, job.attempts)
+            outcome = "worker_lost"
+            self.store.requeue(job.id, is_attempt=True)
+        except InvalidRequest as error:
+            self.store.fail(job.id, "invalid_request", str(error))
+        except BudgetExceeded as error:
+            self.store.fail(job.id, "budget_exceeded", str(error))
+        except NonFiniteOutput as error:
+            logger.exception("job %s failed", job.id)
+            self.store.fail(job.id, "non_finite_output", str(error))
+        except Exception:
+            # The message may hold paths of this machine; it goes to the log alone.
+            logger.exception("job %s failed", job.id)
+            with contextlib.suppress(Exception):
+                self.store.fail(job.id, "server_error", "the server failed on this job; its log has the reason")
+        finally:
+            self._ended(job, outcome)
+
+    def _make(self, job: Job, running: _Running) -> str:
+        num_frames, fps = job.plan["num_frames"], job.plan["fps"]
+        image = self.store.input_bytes(job)
+        self.hub.forget(job.id)
+
+        def follow(progress: Progress) -> None:
+            self.hub.publish(job.id, "progress", {**vars(progress), "percent": running.follow(progress)})
+
+        request = schema.generation_request(job.request, None if image is None else media.read_png(image))
+        folder = self.store.start_result(job.id)
+        try:
+            work = running.start(lambda: self.worker.start(request, follow))
+            sheet, stride, middle = media.SpriteSheet(num_frames), media.preview_stride(num_frames), None
+            with VideoWriter(folder / schema.VARIANTS["video"][0], fps) as writer:
+                for chunk in work:
+                    writer.write(chunk.frames)
+                    sheet.add(chunk.start, chunk.frames)
+                    for index in range(-chunk.start % stride, len(chunk.frames), stride):
+                        preview = {"frame": chunk.start + index, "image": media.preview_url(chunk.frames[index])}
+                        self.hub.publish(job.id, "preview", preview)
+                    if chunk.start <= num_frames // 2 < chunk.start + len(chunk.frames):
+                        middle = media.thumbnail(chunk.frames[num_frames // 2 - chunk.start])
+            (folder / schema.VARIANTS["thumbnail"][0]).write_bytes(middle)
+            (folder / schema.VARIANTS["spritesheet"][0]).write_bytes(sheet.encode())
+            if not self.store.complete(job.id):
+                return "cancelled"
+        finally:
+            self.store.drop_result(job.id)
+        seconds = work.metadata.get("seconds", {})
+        for stage in ("text", "base", "ssr"):
+            if stage in seconds:
+                self.metrics.stage_seconds.labels(stage).observe(seconds[stage])
+        if seconds.get("total"):
+            self._base_share += 0.2 * (seconds.get("base", 0.0) / seconds["total"] - self._base_share)
+        self.metrics.frames.inc(num_frames)
+        return "completed"
+
+    def _ended(self, job: Job, outcome: str) -> None:
+        self.metrics.jobs.labels(outcome).inc()
+        if outcome == "completed":
+            took = time.time() - job.started_at
+            self.seconds_per_job += 0.2 * (took - self.seconds_per_job)
+        self._sweep()
+        with self._changed:
+            del self._running[job.id]
+            self._changed.notify_all()
+        self.hub.publish(job.id, "status")
+        self.hub.forget(job.id)
+
+
+class _Running:
+    """A job in its thread."""
+
+    def __init__(self, base_share: float):
+        self.percent = 0
+        self._base_share = base_share
+        self._lock = threading.Lock()
+        self._work: Work | None = None
+        self._is_cancelled = False
+
+    def start(self, start: Callable[[], Work]) -> Work:
+        if self._is_cancelled:
+            raise Cancelled("the job was cancelled before it started")
+        work = start()
+        with self._lock:
+            self._work = work
+            is_cancelled = self._is_cancelled
+        if is_cancelled:
+            work.cancel()
+        return work
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._is_cancelled = True
+            work = self._work
+        if work is not None:
+            work.cancel()
+
+    def follow(self, progress: Progress) -> int:
+        """The percentage, which never falls and reaches 100 with the whole file only."""
+        part = progress.step / progress.steps if progress.steps else 0.0
+        share = self._base_share
+        done = share * part if progress.stage == "base" else share + (1 - share) * part
+        self.percent = max(self.percent, min(99, int(100 * done)))
+        return self.percent
+
+
+class LocalWorker:
+    """An engine in this process."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._one_at_a_time = threading.Lock()
+
+    def watch(self, metrics: Metrics) -> None:
+        """The engine's numbers, read at each scrape."""
+        info = self.engine.info()
+        metrics.gauge(
+            "pylumiere_memory_budget_bytes", "Of the engine; 0 is none.", lambda: self.engine.memory_budget or 0
+        )
+        metrics.gauge("pylumiere_weight_bytes", "Of the networks.", lambda: info["weight_bytes"])
+
+    def check(self, request: GenerationRequest) -> None:
+        self.engine.stream(request).close()
+
+    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work:
+        return _LocalWork(self, request, on_progress)
+
+
+class _LocalWork:
+    def __init__(self, worker: LocalWorker, request: GenerationRequest, on_progress: Callable[[Progress], None]):
+        self.metadata: dict[str, Any] = {}
+        self._worker, self._on_progress = worker, on_progress
+        self._request = request.model_copy(update={"callback_on_step_end": self._follow})
+        self._cancelled = threading.Event()
+
+    def _follow(self, progress: Progress) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("the job was cancelled")
+        self._on_progress(progress)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        with self._worker._one_at_a_time, self._worker.engine.stream(self._request) as stream:
+            yield from stream
+            self.metadata = stream.metadata
+
+    def cancel(self) -> None:
+        self._cancelled.set()

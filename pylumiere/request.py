@@ -9,8 +9,10 @@ Pixels in a request and in a result are uint8 in 0..255 or float in 0..1. The ne
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,8 @@ from pylumiere.errors import InvalidRequest
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 8_192
+MIN_SIDE = 2  # of a given picture
+EDGES = ("left", "right", "top", "bottom")
 MAX_STEPS = 1_000
 MAX_INPUT_BYTES = 2**31  # of one image, video or mask
 
@@ -55,10 +59,16 @@ class GenerationRequest(BaseModel):
         seed: 0 .. 2**64-1; drawn at random and reported with the result if None.
         sampler: "ddpm", "ddim", "dpmpp_2m" or "euler" (flow models).
         image: [H, W, 3]; the clip's first frame.
+        keyframes: frame number to [H, W, 3]; more given frames. Negative numbers count from the end: -1 is the last.
         video: [T, H, W, 3]; conditions every frame where `mask` is 0. Without a mask it is the start that `strength`
             below 1 adds noise to.
         mask: [H, W] or [T, H, W]; 1 (white) where the clip is to be made, 0 where `video` (or `image`) is kept.
+        expand: edges ("left", "right", "top", "bottom") to pixels of the result that are made anew beside the picture.
+        fit: "crop", "pad" or "stretch": how pictures of another shape go into the frame; see `pylumiere.inputs`.
         strength: with `video` and no mask, the share of the noise schedule to run, in 0..1 without 0.
+        style: name of a style of the model, or a style's file; see `pylumiere.styles`.
+        style_strength: 0 is the model as it is, 1 is the style.
+        loop: the clip's last frame runs into its first.
         window_frames, window_overlap: temporal windows of the super-resolution stage.
         callback_on_step_end: called with a Progress after every denoiser call, from the thread that works. What it
             raises ends the generation and reaches the caller.
@@ -78,9 +88,15 @@ class GenerationRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=2**64 - 1)
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "euler"] | None = None
     image: Any = None
+    keyframes: Any = None
     video: Any = None
     mask: Any = None
+    expand: Any = None
+    fit: Literal["crop", "pad", "stretch"] = "crop"
     strength: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    style: str | PathLike | None = None
+    style_strength: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    loop: bool = Field(False, strict=True)
     window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
     window_overlap: int | None = Field(None, ge=0)
     callback_on_step_end: Callable[[Progress], None] | None = None
@@ -118,7 +134,7 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"should be an integer, not {type(value).__name__}")
         return operator.index(value)
 
-    @field_validator("fps", "guidance_scale", "strength", mode="before")
+    @field_validator("fps", "guidance_scale", "strength", "style_strength", mode="before")
     @classmethod
     def _real(cls, value: Any) -> Any:
         if value is None:
@@ -139,6 +155,33 @@ class GenerationRequest(BaseModel):
     def _image(cls, value: Any) -> Any:
         return None if value is None else _pixels(value, "[H, W, 3]", 3, channels=3)
 
+    @field_validator("keyframes")
+    @classmethod
+    def _keyframes(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or not value:
+            raise ValueError("should map frame numbers to arrays [H, W, 3]")
+        keyframes = {}
+        for index, pixels in value.items():
+            number = cls._integer(index)
+            if abs(number) > MAX_FRAMES:
+                raise ValueError(f"frame {number} is not in -{MAX_FRAMES}..{MAX_FRAMES}")
+            keyframes[number] = _pixels(pixels, "[H, W, 3]", 3, channels=3)
+        return MappingProxyType(keyframes)
+
+    @field_validator("expand")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or not set(value) <= set(EDGES):
+            raise ValueError(f"should map edges ({', '.join(EDGES)}) to pixels")
+        pixels = {edge: cls._integer(count) for edge, count in value.items()}
+        if not pixels or not all(0 <= count <= MAX_SIDE for count in pixels.values()) or not any(pixels.values()):
+            raise ValueError(f"should give at least one edge, each in 0..{MAX_SIDE} pixels")
+        return MappingProxyType(pixels)
+
     @field_validator("video")
     @classmethod
     def _video(cls, value: Any) -> Any:
@@ -150,7 +193,12 @@ class GenerationRequest(BaseModel):
         if value is None:
             return None
         ndim = 3 if np.ndim(value) == 3 else 2
-        return _pixels(value, "[H, W] or [T, H, W]", ndim, channels=None)
+        mask = _pixels(value, "[H, W] or [T, H, W]", ndim, channels=None)
+        if not mask.any():
+            raise ValueError("is black all over: nothing would be made anew")
+        if mask.min() == (255 if mask.dtype == np.uint8 else 1):
+            raise ValueError("is white all over: nothing would be kept; leave it out")
+        return mask
 
     @model_validator(mode="after")
     def _together(self) -> GenerationRequest:
@@ -159,9 +207,17 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"window_overlap={overlap} should be smaller than window_frames={window}")
         if self.image is not None and self.video is not None:
             raise ValueError("image and video are both given; give one of them")
+        if self.keyframes is not None and (self.video is not None or self.mask is not None):
+            raise ValueError("keyframes do not go with a video or a mask; give one of them")
+        if self.keyframes is not None and self.image is not None and 0 in self.keyframes:
+            raise ValueError("keyframes: frame 0 is given twice: image is the first frame")
         if self.mask is not None and self.image is None and self.video is None:
             raise ValueError("mask is given without a video or an image to keep")
-        if self.video is not None and self.mask is None and self.strength == 1.0:
+        if self.expand is not None and self.image is None and self.video is None and self.keyframes is None:
+            raise ValueError("expand is given without a video or an image to expand")
+        if self.style is None and self.style_strength != 1.0:
+            raise ValueError(f"style_strength={self.style_strength} has no meaning without a style")
+        if self.video is not None and self.mask is None and self.expand is None and self.strength == 1.0:
             raise ValueError(
                 "video is given without a mask and strength=1 keeps nothing of it; give a strength below 1"
             )
@@ -189,7 +245,10 @@ def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndar
     array = np.asarray(value)
     if array.ndim != ndim or 0 in array.shape or (channels is not None and array.shape[-1] != channels):
         raise ValueError(f"should have shape {layout}, not {list(array.shape)}")
-    if max(array.shape[-3:-1] if channels else array.shape[-2:]) > MAX_SIDE or array.nbytes > MAX_INPUT_BYTES:
+    sides = array.shape[-3:-1] if channels else array.shape[-2:]
+    if min(sides) < MIN_SIDE:
+        raise ValueError(f"shape {list(array.shape)} is too small: at least {MIN_SIDE} x {MIN_SIDE} pixels")
+    if max(sides) > MAX_SIDE or array.nbytes > MAX_INPUT_BYTES:
         raise ValueError(f"shape {list(array.shape)} is too large: at most {MAX_SIDE} a side, {MAX_INPUT_BYTES} bytes")
     if array.dtype == np.uint8:
         array = array.copy()
@@ -216,7 +275,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
         elif not name:
             clauses.append(text)
         else:
-            shown = "" if name in ("image", "video", "mask") else f"={_short(item['input'])}"
+            shown = "" if name in ("image", "video", "mask", "keyframes", "expand") else f"={_short(item['input'])}"
             clauses.append(f"{name}{shown}: {text}")
     return "; ".join(clauses)
 

@@ -11,6 +11,7 @@ Frames are uint8 [T, H, W, 3], RGB. Three rules hold for every format:
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -385,24 +386,28 @@ def encode_png(frame: np.ndarray) -> bytes:
 
 
 class VideoReader:
-    """Reads frames one by one: a video file, a gif, a picture, a folder of PNG, or "-" for standard input.
+    """Reads frames one by one: a video file, its bytes, a gif, a picture, a folder of PNG, or "-" for standard input.
 
-    A context manager and an iterable of uint8 [H, W, 3]. All frames have the size of the first.
+    A context manager and an iterable of uint8 [H, W, 3]. All frames have the size of the first. Frames are turned as
+    the container says, colours follow the stream's matrix and range, and transparent pixels show white.
 
     Attributes:
-        fps: frames a second; None for pictures.
-        height, width: of every frame.
+        fps: frames a second, on average where the rate varies; None for pictures.
+        height, width: of every frame; of a turned clip, upright from the first frame on.
         num_frames: as the container tells it; None where it does not (a pipe).
+        pixel_aspect: width of a pixel over its height, upright.
 
     Raises:
         VideoError: no such file, no video in it, damaged, or above the limits.
     """
 
-    def __init__(self, path: str | os.PathLike, limits: Limits = Limits()):
-        self.path, self.limits = str(path), limits
+    def __init__(self, path: str | os.PathLike | bytes, limits: Limits = Limits()):
+        self._bytes = path if isinstance(path, bytes) else None
+        self.path = f"<{len(path)} bytes>" if isinstance(path, bytes) else str(path)
+        self.limits, self.pixel_aspect, self._is_turned = limits, 1.0, False
         self._container = None
         self._folder_files: list[Path] | None = None
-        if self.path != PIPE and Path(self.path).is_dir():
+        if self._bytes is None and self.path != PIPE and Path(self.path).is_dir():
             self._open_folder(Path(self.path))
         else:
             self._open_file()
@@ -418,8 +423,10 @@ class VideoReader:
 
     def _open_file(self) -> None:
         av = _import_av()
-        if self.path == PIPE:
-            self._file: BinaryIO = sys.stdin.buffer
+        if self._bytes is not None:
+            self._file: BinaryIO = io.BytesIO(self._bytes)
+        elif self.path == PIPE:
+            self._file = sys.stdin.buffer
         else:
             try:
                 self._file = open(self.path, "rb")  # noqa: SIM115 (closed in close)
@@ -443,8 +450,10 @@ class VideoReader:
                 raise VideoError(f"input {self.path!r} holds video in a codec that is not known here")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = codec_options
-            self.height, self.width = stream.height, stream.width
+            self._coded_size = self.width, self.height = stream.width, stream.height
             self._check_size(self.width, self.height)
+            aspect = stream.sample_aspect_ratio
+            self.pixel_aspect = float(aspect) if aspect and 0.1 <= aspect <= 10 else 1.0
             rate = stream.guessed_rate or stream.average_rate
             is_picture = self._container.format.name.endswith("_pipe") and self.path != PIPE
             self.fps = None if is_picture or not rate else float(rate)
@@ -458,28 +467,36 @@ class VideoReader:
             raise
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        for _, frame in self.timed():
+            yield frame
+
+    def timed(self) -> Iterator[tuple[float | None, np.ndarray]]:
+        """Frames with the time in seconds at which each is shown; None where the input tells no times."""
         if self._folder_files is not None:
             for file in self._folder_files:
                 with VideoReader(file, self.limits) as reader:
                     frame = next(iter(reader), None)
                     if frame is None:
                         raise VideoError(f"input {str(file)!r} holds no picture")
-                    self._check_same(frame.shape[1], frame.shape[0])
-                    yield frame
+                    if frame.shape[:2] != (self.height, self.width):
+                        self._refuse_size(frame.shape[1], frame.shape[0], self.width, self.height)
+                    yield None, frame
             return
         if self._container is None:
             raise VideoError(f"input {self.path!r} is closed")
         index, end = 0, 0.0
         with _as_video_error(self.path, reading=True, position=lambda: index):
             for picture in self._container.decode(self._stream):
-                self._check_same(picture.width, picture.height)
+                if (picture.width, picture.height) != self._coded_size:
+                    self._check_size(picture.width, picture.height)
+                    self._refuse_size(picture.width, picture.height, *self._coded_size)
                 self._check_count(index + 1)
-                frame = picture.to_ndarray(format="rgb24")
                 if picture.is_corrupt:
                     raise VideoError(f"input {self.path!r} is damaged at frame {index}")
+                frame = self._upright(_rgb(picture), picture.rotation)
                 index += 1
                 end = (picture.time or 0.0) + (1.5 / self.fps if self.fps else 0.0)
-                yield frame
+                yield picture.time, frame
         if index == 0:
             raise VideoError(f"input {self.path!r} holds no frame that can be decoded")
         if self.num_frames is not None and index < self.num_frames:
@@ -521,16 +538,35 @@ class VideoReader:
                 f"input {self.path!r}: frames of {width} x {height} have more than {self.limits.max_pixels} pixels"
             )
 
-    def _check_same(self, width: int, height: int) -> None:
-        if (width, height) != (self.width, self.height):
-            self._check_size(width, height)
-            raise VideoError(
-                f"input {self.path!r}: frame size changes from {self.width} x {self.height} to {width} x {height}"
-            )
+    def _refuse_size(self, width: int, height: int, *before: int) -> None:
+        sizes = f"{before[0]} x {before[1]} to {width} x {height}"
+        raise VideoError(f"input {self.path!r}: frame size changes from {sizes}")
+
+    def _upright(self, frame: np.ndarray, degrees: int) -> np.ndarray:
+        """Turned by the display matrix, counter-clockwise; angles between quarter turns go to the nearest."""
+        quarters = round(degrees / 90) % 4
+        if quarters == 0:
+            return frame
+        frame = np.ascontiguousarray(np.rot90(frame, quarters))
+        if quarters % 2 and not self._is_turned:
+            self._is_turned, self.pixel_aspect = True, 1 / self.pixel_aspect
+            self.height, self.width = frame.shape[:2]
+        return frame
 
     def _check_count(self, count: int) -> None:
         if count > self.limits.max_frames:
             raise VideoError(f"input {self.path!r} has more than {self.limits.max_frames} frames")
+
+
+def _rgb(picture) -> np.ndarray:
+    """[H, W, 3] uint8 of a decoded frame; PyAV follows the frame's own matrix and range. Transparent shows white."""
+    if not any(component.is_alpha for component in picture.format.components) and picture.format.name != "pal8":
+        return picture.to_ndarray(format="rgb24")
+    rgba = picture.to_ndarray(format="rgba")
+    if rgba[..., 3].min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    alpha = rgba[..., 3:].astype(np.uint32)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 class _InputPipe:
@@ -543,7 +579,7 @@ class _InputPipe:
         return self._file.read(count)
 
 
-def read_video(path: str | os.PathLike, limits: Limits = Limits()) -> Video:
+def read_video(path: str | os.PathLike | bytes, limits: Limits = Limits()) -> Video:
     """A whole clip in memory; pictures count as clips of one frame at 1 fps.
 
     Raises:
@@ -559,8 +595,8 @@ def read_video(path: str | os.PathLike, limits: Limits = Limits()) -> Video:
         return Video(np.stack(frames), reader.fps or 1.0)
 
 
-def read_image(path: str | os.PathLike, limits: Limits = Limits()) -> np.ndarray:
-    """The first frame of a picture or video, [H, W, 3] uint8."""
+def read_image(path: str | os.PathLike | bytes, limits: Limits = Limits()) -> np.ndarray:
+    """The first frame of a picture or video, [H, W, 3] uint8, by FFmpeg; `pylumiere.inputs` reads more formats."""
     with VideoReader(path, limits) as reader:
         return next(iter(reader))
 

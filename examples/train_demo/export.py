@@ -1,6 +1,7 @@
-"""Put the trained networks into a model folder: bf16 safetensors and config.json.
+"""Put the trained networks into a model folder (bf16 safetensors and config.json), or a trained style into its file.
 
-python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
+    python examples/train_demo/export.py --base runs/base --ssr runs/ssr -o pylumiere/demo
+    python examples/train_demo/export.py --style runs/ink -o pylumiere/demo/styles/ink.safetensors
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from train import STAGES
 
-from pylumiere.checkpoint import save_checkpoint
+from pylumiere.checkpoint import find_model, load_checkpoint, save_checkpoint
 from pylumiere.config import model_preset
+from pylumiere.styles import fingerprint, save_style
 
 
 def newest(network: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -26,12 +28,32 @@ def newest(network: str, folder: Path) -> dict[str, torch.Tensor]:
     raise SystemExit(f"{folder} holds no video stage of the {network} network yet")
 
 
+def style_tensors(folder: Path, model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The averaged change in bf16: factors of the convolutions, and the other weights that are not the model's."""
+    tensors = {}
+    for name, value in newest("style", folder).items():
+        if ".parametrizations.weight.0." in f".{name}":
+            tensors[name.replace("parametrizations.weight.0.", "weight.")] = value
+        elif ".parametrizations." not in f".{name}" and not torch.allclose(value, model[name].float(), atol=1e-6):
+            tensors[name] = value
+    return {name: value.to(torch.bfloat16) for name, value in tensors.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--ssr", type=Path, required=True)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--ssr", type=Path)
+    parser.add_argument("--style", type=Path, help="a style's run instead of networks")
+    parser.add_argument("--model", default="demo", help="with --style: the model that it was trained on")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.style is not None:
+        checkpoint = load_checkpoint(find_model(args.model))
+        tensors = style_tensors(args.style, checkpoint.base)
+        save_style(args.output, tensors, checkpoint.config.base.network, fingerprint(checkpoint.base))
+        return
+    if args.base is None or args.ssr is None:
+        parser.error("give --base and --ssr, or --style")
     save_checkpoint(
         args.output, model_preset("demo"), newest("base", args.base), newest("ssr", args.ssr), dtype=torch.bfloat16
     )

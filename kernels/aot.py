@@ -1,8 +1,10 @@
 """Compile kernels ahead of time for GPUs that are not here: `python -m pylumiere.kernels.aot --sku all`.
 
-The launches to compile come from recordings on meta tensors: here of each operator's `aot_cases`, in the exporter of a
-whole network. Compilation runs in worker processes without the interpreter, and results are kept in the user's cache
-folder under a hash of the kernel's source, its constants, the target and the Triton version.
+The launches to compile come from recordings on meta tensors: of the shipped networks, each in the number format that
+the chip runs them in, and of every operator's `aot_cases` in that format and in float32. What two recordings share is
+compiled once. float16 takes the tiles of bfloat16: `--dtype fp16` compiles it on chips that have both.
+Compilation runs in worker processes without the interpreter, and results are kept in the user's cache folder under a
+hash of the kernel's source, its constants, the target and the Triton version.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _INSTRUCTIONS = (
     ("tcgen05", r"\bUTC[A-Z]*MMA"), ("wgmma", r"\b[HQI]GMMA"), ("mma", r"\b[HQID]MMA"), ("fma", r"\b(FFMA|HFMA2)"),
 )  # fmt: skip
+# What a matrix product in 16 bits must become on each chip; Triton has no matrix instruction for sm 75.
+EXPECTED = {75: "fma", 80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+NETWORKS = ("demo-base", "demo-ssr", "stunet-b", "ssr-b", "stunet-l", "ssr-l")
 
 
 # ---- what to compile -----------------------------------------------------------------------------------------------
@@ -47,6 +52,21 @@ def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict
                 run()
             for launch in recording.launches:
                 found.setdefault(launch.key(), (f"{launch.kernel.rpartition(':')[2]}: {name}", launch))
+    return dict(found.values())
+
+
+def network_launches(arch: int, dtype: torch.dtype, networks: Iterable[str] = NETWORKS) -> dict[str, launching.Launch]:
+    """Distinct launches of shipped networks: network and sizes of the first of its kind -> launch."""
+    # The one place where the kernels know of networks: here only to ask which kernels those need.
+    from pylumiere.backends.triton import record_network
+    from pylumiere.config import stage_preset
+
+    found: dict[str, tuple[str, launching.Launch]] = {}
+    for network in networks:
+        recording = record_network(stage_preset(network).network, arch, dtype)
+        for i, launch in enumerate(recording.launches):
+            sizes = "-".join(f"{name}{launch.args[name]}" for name in ("T", "H", "C", "O") if name in launch.args)
+            found.setdefault(launch.key(), (f"{launch.kernel.rpartition(':')[2]}: {network} {i} {sizes}", launch))
     return dict(found.values())
 
 
@@ -93,7 +113,7 @@ def compile_one(specialisation: dict[str, Any], arch: int, folder: Path) -> dict
         "tmem": getattr(meta, "tmem_size", None) or 0,
         "global_scratch": getattr(meta, "global_scratch_size", None) or 0,
         "parameters": [n for n in names if signature[n] != "constexpr"],
-        **inspect_cubin(compiled.asm["cubin"]),
+        **inspect_cubin(compiled.asm["cubin"], has_products(specialisation["constants"])),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for path, data in ((cubin_path, compiled.asm["cubin"]), (facts_path, json.dumps(facts).encode())):
@@ -106,28 +126,37 @@ def compile_one(specialisation: dict[str, Any], arch: int, folder: Path) -> dict
 _FORMAT = 2  # raise when the facts change
 
 
-def inspect_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack, local memory, spill instructions and the matrix instruction, read from machine code."""
+def inspect_cubin(cubin: bytes, has_products: bool = True) -> dict[str, Any]:
+    """Registers, stack, local memory, spill instructions and the matrix instruction, read from machine code.
+
+    Disassembly, a third of a small kernel's time, is left out where nothing is on the stack and no product looked for.
+    """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run(
-            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    instruction = next((name for name, pattern in _INSTRUCTIONS if re.search(pattern, code)), "none")
+
+        def read(tool: str, *options: str) -> str:
+            command = [tools / tool, *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = read("cuobjdump", "--dump-resource-usage")
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+        is_plain = not (has_products or numbers["STACK"] or numbers["LOCAL"])
+        code = "" if is_plain else read("nvdisasm", "-c", "-ndf")
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "local": numbers["LOCAL"],
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b|\bUTMALDG", code)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "instruction": instruction,
+        "instruction": next((name for name, pattern in _INSTRUCTIONS if re.search(pattern, code)), "none"),
     }
+
+
+def has_products(constants: dict[str, Any]) -> bool:
+    """Whether a kernel multiplies matrices, by its constants: a tile of output channels, or `MATRIX`."""
+    return constants.get("MATRIX", "BLOCK_O" in constants)
 
 
 # ---- compile many --------------------------------------------------------------------------------------------------
@@ -141,17 +170,22 @@ def cache_folder() -> Path:
 def compile_many(
     tasks: list[tuple[dict[str, Any], int]], *, jobs: int = 2, folder: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Facts of each (specialisation, arch), compiled in `jobs` worker processes; a failure gives {"error": text}."""
+    """Facts of each (specialisation, arch), compiled in `jobs` worker processes; a failure gives {"error": text}.
+
+    Equal tasks are compiled once.
+    """
     folder = folder or cache_folder()
+    lines = [json.dumps(task, sort_keys=True) for task in tasks]
+    distinct_lines = list(dict.fromkeys(lines))
     workers: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-    started = [_start_worker(folder) for _ in range(max(1, min(jobs, len(tasks))))]
+    started = [_start_worker(folder) for _ in range(max(1, min(jobs, len(distinct_lines))))]
     for worker in started:
         workers.put(worker)
 
-    def run(task: tuple[dict[str, Any], int]) -> dict[str, Any]:
+    def run(task: str) -> dict[str, Any]:
         worker = workers.get()
         try:
-            worker.stdin.write(json.dumps(task) + "\n")
+            worker.stdin.write(task + "\n")
             worker.stdin.flush()
             line = worker.stdout.readline()
         except BrokenPipeError:
@@ -165,7 +199,8 @@ def compile_many(
 
     try:
         with concurrent.futures.ThreadPoolExecutor(len(started)) as pool:
-            return list(pool.map(run, tasks))
+            facts = dict(zip(distinct_lines, pool.map(run, distinct_lines), strict=True))
+        return [facts[line] for line in lines]
     finally:
         for worker in started:
             worker.stdin.close()
@@ -196,8 +231,8 @@ def _work(folder: Path) -> None:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def verdict(facts: dict[str, Any], arch: int) -> str:
-    """ "ok", or what forbids shipping this kernel."""
+def verdict(facts: dict[str, Any], arch: int, instruction: str | None = None) -> str:
+    """ "ok", or what forbids shipping this kernel. `instruction` is what its matrix products must become, if any."""
     if "error" in facts:
         return facts["error"]
     faults = []
@@ -205,35 +240,58 @@ def verdict(facts: dict[str, Any], arch: int) -> str:
         faults.append(f"{facts['spills']} spill instructions")
     if facts["shared"] > SHARED_MEMORY[arch]:
         faults.append(f"shared memory {facts['shared']} of {SHARED_MEMORY[arch]}")
+    if instruction and facts["instruction"] != instruction:
+        faults.append(f"{facts['instruction']} instead of {instruction}")
     return ", ".join(faults) or "ok"
 
 
+def expected_instruction(launch: launching.Launch, arch: int) -> str | None:
+    """What the products of a launch must become in machine code; None for a launch without products in 16 bits."""
+    return EXPECTED[arch] if has_products(launch.constants) and launch.tensors()[0].dtype.itemsize == 2 else None
+
+
 def build_table(
-    archs: Iterable[int], dtypes: Iterable[str], ops: Iterable[str] = OPS, *, jobs: int = 2, folder: Path | None = None
+    archs: Iterable[int],
+    dtypes: Iterable[str] | None = None,
+    ops: Iterable[str] = OPS,
+    networks: Iterable[str] = NETWORKS,
+    *,
+    jobs: int = 2,
+    folder: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per operator case, dtype and architecture."""
-    rows, tasks = [], []
+    """One row per architecture, dtype and distinct launch of the operators' cases and of the networks.
+
+    `dtypes` None means the 16-bit format that the chip runs networks in, and float32 for the operators alone.
+    """
+    rows, launches = [], []
     for arch in archs:
-        for dtype in dtypes:
+        auto = "bf16" if arch >= 80 else "fp16"
+        for dtype in dtypes or dict.fromkeys(("fp32", auto, "bf16")):
             if arch < 80 and dtype == "bf16":
                 rows.append({"case": "all", "dtype": dtype, "arch": arch, "verdict": "not on this chip"})
                 continue
-            for case, launch in op_launches(arch, DTYPES[dtype], ops).items():
+            cases = network_launches(arch, DTYPES[dtype], networks) if dtypes or dtype == auto else {}
+            known = {launch.key() for launch in cases.values()}
+            of_ops = op_launches(arch, DTYPES[dtype], ops)
+            cases |= {case: launch for case, launch in of_ops.items() if launch.key() not in known}
+            for case, launch in cases.items():
                 rows.append({"case": case, "dtype": dtype, "arch": arch, "kernel": launch.kernel})
-                tasks.append((launch.specialisation(), arch))
-    results = iter(compile_many(tasks, jobs=jobs, folder=folder))
-    for row in rows:
-        if "verdict" not in row:
-            facts = next(results)
-            row.update(facts, verdict=verdict(facts, row["arch"]))
+                launches.append(launch)
+    compiled = [row for row in rows if "verdict" not in row]
+    tasks = [(launch.specialisation(), row["arch"]) for row, launch in zip(compiled, launches, strict=True)]
+    results = compile_many(tasks, jobs=jobs, folder=folder)
+    for row, launch, facts in zip(compiled, launches, results, strict=True):
+        row |= facts | {"verdict": verdict(facts, row["arch"], expected_instruction(launch, row["arch"]))}
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pylumiere.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--sku", action="append", help="all, or a compute capability such as sm90; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all three")
-    parser.add_argument("--op", action="append", choices=OPS, help="default: all")
+    formats = "default: fp32, and the 16-bit format of the chip"
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help=formats)
+    parser.add_argument("--op", action="append", choices=OPS, help="only the cases of these operators")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help="only what these networks need")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes (default 2)")
     parser.add_argument("--json", metavar="FILE", help="write the table here as JSON")
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -242,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
         _work(Path(options.worker))
         return 0
     archs = _architectures(parser, options.sku or ["all"])
-    rows = build_table(archs, options.dtype or tuple(DTYPES), options.op or OPS, jobs=options.jobs)
+    is_limited = bool(options.op or options.network)
+    ops, networks = options.op or (() if is_limited else OPS), options.network or (() if is_limited else NETWORKS)
+    rows = build_table(archs, options.dtype, ops, networks, jobs=options.jobs)
     print(f"{'sm':>4} {'dtype':5} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7} {'instr':8} {'verdict':10} case")
     for row in rows:
         cells = [row.get(k, "-") for k in ("registers", "stack", "spills", "shared", "instruction")]

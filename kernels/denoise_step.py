@@ -175,6 +175,8 @@ def reference(
     new = p * x + q * x0
     if x0_prev is not None:
         new = torch.where(r != 0, new + r * x0_prev.to(dtype), new)
+    if torch.compiler.is_compiling():  # a graph cannot depend on values: noise for all frames, kept where wanted
+        return torch.where(n != 0, new + n * noise_of_keys(key, x.shape[1]).to(dtype), new), x0
     noisy = (n[:, 0] != 0).nonzero().squeeze(1)
     if noisy.numel():
         noise = noise_of_keys(key[noisy], x.shape[1]).to(dtype)
@@ -398,7 +400,7 @@ def cost(
 
 
 def aot_cases(dtype: torch.dtype) -> list:
-    """With and without guidance, one window or two a frame, first-order and multistep."""
+    """With guidance and without, for one window a frame and for two, the first step and a later one."""
 
     def case(G: int, K: int, multistep: bool):
         F, P = 80, 128 * 128 * 3
@@ -412,7 +414,5 @@ def aot_cases(dtype: torch.dtype) -> list:
 
     return [
         (f"G{G}-K{K}-{'multistep' if multistep else 'single'}", case(G, K, multistep))
-        for G in (1, 2)
-        for K in (1, 2)
-        for multistep in (False, True)
+        for G, K, multistep in ((2, 1, False), (2, 1, True), (1, 2, False), (1, 2, True))
     ]

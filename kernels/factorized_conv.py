@@ -6,7 +6,8 @@
 The fused kernel walks along time with one tile of pixels. Each z[t] stays on the chip and is multiplied at once into
 the three frames that need it, in rolling accumulators. It saves writing and reading z, and costs two extra frames of
 the spatial convolution per chunk of frames. `plan` weighs the two and says why. act is SiLU or nothing: a GroupNorm
-between the two needs all of z first, so there the two kernels are the only way.
+between the two needs all of z first, so there the two kernels are the only way. The STUNet has such a norm and calls
+`spatial_conv` and `temporal_conv`; this operator is for networks that have none.
 
 Source: Tran et al. 2018, R(2+1)D. Fused: bound by memory at small C.
 """
@@ -49,7 +50,7 @@ def reference(
 # ---- kernel --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "H", "W"))
 def _factorized_kernel(
     x_ptr, weight_s_ptr, bias_s_ptr, weight_t_ptr, bias_t_ptr, mul_ptr, add_ptr, residual_ptr, y_ptr,
     T, H, W, C, M, O,
@@ -137,13 +138,19 @@ class Plan:
     reason: str
 
 
-def plan(shape: tuple[int, ...], mid: int, out: int, dtype: torch.dtype, arch: int) -> Plan:
+def plan(
+    shape: tuple[int, ...], mid: int, out: int, dtype: torch.dtype, arch: int, norm_between: bool = False
+) -> Plan:
     """Weigh one kernel against two for x of `shape` [B, T, H, W, C], `mid` and `out` channels.
+
+    `norm_between`: a GroupNorm stands between the two convolutions, as in the STUNet.
 
     Each way takes the longer of its arithmetic and its memory time. The model knows bytes, recomputed frames, and that
     the fused kernel's narrow tiles reach a smaller part of the arithmetic rate; it has not been fitted on a GPU.
     """
     B, T, H, W, C = shape
+    if norm_between:
+        return Plan(False, "a GroupNorm between the convolutions needs the whole intermediate before its first value")
     if max(mid, out) > MAX_CHANNELS:
         return Plan(False, f"{max(mid, out)} channels are more than the {MAX_CHANNELS} that fit on the chip")
     if dtype == torch.float32:

@@ -76,7 +76,7 @@ def gather_pixels(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "H", "W", "T_out", "H_out", "W_out", "fold_next", "fold_prev"))
 def implicit_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, mul_ptr, add_ptr, residual_ptr, y_ptr, partial_ptr,
     T, H, W, C, T_out, H_out, W_out, O,

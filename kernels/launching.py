@@ -114,6 +114,12 @@ def kernel_name(kernel: Any) -> str:
     return f"{kernel.fn.__module__}:{kernel.fn.__qualname__}"
 
 
+def unspecialised(kernel: Any) -> frozenset[str]:
+    """Integer parameters whose value says nothing to the compiler: one kernel serves all of them."""
+    options = vars(kernel) if isinstance(kernel, triton.JITFunction) else kernel.kwargs
+    return frozenset(options["do_not_specialize"] or ())
+
+
 def find_kernel(name: str) -> Any:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
@@ -155,6 +161,7 @@ class Launch:
     def specialisation(self) -> dict[str, Any]:
         """Signature and constants as JSON: what the compiler sees, without sizes and addresses."""
         signature, aligned, constants = {}, [], dict(self.constants)
+        plain = unspecialised(find_kernel(self.kernel))
         for name, value in self.args.items():
             if value is None:
                 signature[name], constants[name] = "constexpr", None
@@ -166,7 +173,7 @@ class Launch:
                 signature[name] = "i1"
             elif isinstance(value, int):
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and name not in plain:
                     aligned.append(name)
             else:
                 signature[name] = "fp32"

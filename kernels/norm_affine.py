@@ -58,7 +58,7 @@ def reference(
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("S",))
 def _tile_statistics_kernel(
     x_ptr, partial_ptr,
     S, C, stride_n, stride_s,
@@ -82,7 +82,7 @@ def _tile_statistics_kernel(
     tl.store(row + C + offs_c, tl.sum(centred * centred, axis=0), mask=offs_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("S", "tiles", "span"))
 def _merge_kernel(
     partial_ptr, merged_ptr,
     S, C, tiles, span,
@@ -108,7 +108,11 @@ def _merge_kernel(
     tl.store(out + C + offs_c, total_m2, mask=offs_c < C)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "C", "group_size", "pixels", "frames", "stride_scale_b", "stride_scale_t", "stride_shift_b", "stride_shift_t",
+    )
+)  # fmt: skip
 def _affine_kernel(
     statistics_ptr, gamma_ptr, beta_ptr, scale_ptr, shift_ptr, mul_ptr, add_ptr,
     C, group_size, pixels, frames, eps,
@@ -123,7 +127,7 @@ def _affine_kernel(
     m2_c = tl.load(statistics_ptr + n * 2 * C + C + offs_c, mask=mask, other=0.0)
     mean = tl.sum(mean_c, axis=0) / group_size
     centred = tl.where(mask, mean_c - mean, 0.0)
-    pixels_f = 1.0 * pixels  # Triton's launcher turns the size 1 into a constant, which has no .to()
+    pixels_f = pixels.to(tl.float32)
     variance = tl.sum(m2_c + pixels_f * centred * centred, axis=0) / (pixels_f * group_size)
     rstd = 1.0 / tl.sqrt(variance + eps)
     mul = rstd * tl.load(gamma_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
@@ -203,7 +207,7 @@ def launch(
             add_ptr=add, C=C, group_size=C // num_groups, pixels=pixels,
             frames=1 if scale is None else N // scale.shape[0], eps=eps, **strides,
         ),
-        dict(BLOCK_G=triton.next_power_of_2(C // num_groups)),
+        dict(BLOCK_G=max(32, triton.next_power_of_2(C // num_groups))),  # at least a warp
         num_warps=1,
     )  # fmt: skip
     return mul, add
@@ -293,6 +297,9 @@ def _check(statistics, pixels, gamma, beta, num_groups, scale, shift) -> None:
         raise ValueError(f"norm_affine: C={C} is not a multiple of num_groups={num_groups}")
     if pixels < 1:
         raise ValueError(f"norm_affine: pixels={pixels} must be at least 1")
+    for name, value in {"gamma": gamma, "beta": beta, "scale": scale, "shift": shift}.items():
+        if value is not None and value.device != statistics.device:
+            raise ValueError(f"norm_affine: {name} is on {value.device}, statistics on {statistics.device}")
     for name, value in {"gamma": gamma, "beta": beta}.items():
         if tuple(value.shape) != (C,) or (value.stride(0) != 1 and C > 1):
             raise ValueError(f"norm_affine: {name} has shape {tuple(value.shape)}, expected contiguous {(C,)}")

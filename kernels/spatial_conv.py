@@ -185,7 +185,6 @@ def aot_cases(dtype: torch.dtype) -> list:
         case(7, 320, 128, fused=False),
         case(64, 64, 64),
         case(64, 64, 64, fold_next=8, fold_prev=8),
-        case(320, 320, 128),
         case(320, 320, 128, k=1),
         case(320, 320, 128, fold_next=40, fold_prev=40),
         case(320, 640, 128, fused=False, stride=2),

@@ -22,6 +22,7 @@ from pylumiere.kernels.launching import recorded
 Tensor = torch.Tensor
 MAX_FRAMES = 128
 MAX_HEAD_DIM = 128
+MAX_PIXELS = 2**31 - 1 - MAX_FRAMES  # the last tile counts beyond its last pixel, in 32 bits
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def _position_address(position_ptr, head, T, query, key, RELATIVE: tl.constexpr)
     return address
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "S", "num_pixels", "num_heads"))
 def _temporal_attention_kernel(
     qkv_ptr, position_ptr, out_ptr,
     T, S, num_pixels, num_heads, D, scale,
@@ -166,8 +167,8 @@ def temporal_attention(qkv: Tensor, num_heads: int, position: Tensor | None = No
         [B, T, S, C], contiguous, dtype of qkv. Softmax and sums in float32.
 
     Raises:
-        ValueError: T > 128 or D > 128 (a tile holds whole sequences), 2^31 pixels or more, shapes, dtypes or strides
-            that do not fit.
+        ValueError: T > 128 or D > 128 (a tile holds whole sequences), about 2^31 pixels or more, shapes, dtypes or
+            strides that do not fit.
     """
     _check(qkv, num_heads, position)
     return (launch if qkv.is_cuda else reference)(qkv, num_heads, position)
@@ -194,8 +195,8 @@ def _check(qkv, num_heads, position) -> None:
     D = C3 // (3 * num_heads)
     if D > MAX_HEAD_DIM:
         raise ValueError(f"temporal_attention: num_heads={num_heads} gives heads of {D}, at most {MAX_HEAD_DIM} fit")
-    if B * S >= 2**31:
-        raise ValueError(f"temporal_attention: qkv has B*S={B * S} pixels, 2^31 or more")
+    if B * S > MAX_PIXELS:
+        raise ValueError(f"temporal_attention: qkv has B*S={B * S} pixels, at most {MAX_PIXELS} can be counted")
     if qkv.stride(3) != 1:
         raise ValueError(f"temporal_attention: qkv has stride {tuple(qkv.stride())}; its last axis must be contiguous")
     if position is None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from pylumiere.backends.torch import TorchBackend
+from pylumiere.config import STUNetConfig
 from pylumiere.errors import UnsupportedDevice
 from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_attention, temporal_conv
 from pylumiere.kernels.implicit_gemm import pack_weight
+from pylumiere.model import STUNet
 from pylumiere.model.ops import Norm, PlainOps, Shift
 
 
@@ -145,6 +147,30 @@ def _folds(shift: Shift | None, channels: int) -> tuple[int, int]:
         return 0, 0
     fold = channels // shift.div
     return (0, fold) if shift.direction == "causal" else (fold, fold)
+
+
+def record_network(
+    config: STUNetConfig, arch: int, dtype: torch.dtype = torch.bfloat16, *, batch: int = 1, text_tokens: int = 77
+) -> launching.Recording:
+    """A forward pass as a flat list of launches, for compute capability `arch`: no weights, no data, no GPU.
+
+    The recording's inputs are named as the arguments of `STUNet.forward`, its weights as the network's parameters.
+    """
+    sizes = (config.num_frames, config.height, config.width, config.in_channels)
+    with torch.device("meta"):
+        model = STUNet(config).eval().to(dtype)
+        values = {"sample": torch.empty(batch, *sizes), "timesteps": torch.empty(batch)}
+        if config.text_dim:
+            values["text"] = torch.empty(batch, text_tokens, config.text_dim)
+            values["text_mask"] = torch.ones(batch, text_tokens, dtype=torch.bool)
+        if config.noise_level:
+            values["noise_level"] = torch.empty(batch)
+    set_backend(model, "triton")
+    with launching.record(arch) as recording:
+        recording.name_tensors(dict(model.named_parameters()), "weight")
+        recording.name_tensors(values, "input")
+        recording.mark_outputs(model(**values))
+    return recording
 
 
 # ---- the switch ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Facts that every row of benchmarks/results/ carries: machine, versions, commit, date."""
+"""Facts that every measured row carries: machine, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, when installed from one
 
 
 def machine_facts() -> dict:
@@ -54,7 +54,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"

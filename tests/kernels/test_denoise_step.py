@@ -72,7 +72,7 @@ def test_kernel_gives_the_bits_of_the_reference(shape, dtype, multistep):
     assert_same_bits(run(args), op.reference(*args))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 4), st.integers(1, 200), st.integers(1, 2), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99)
 )

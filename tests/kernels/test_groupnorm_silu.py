@@ -90,7 +90,7 @@ def test_strided_input():
     assert_close(run(*args), oracle(*args))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9),
     st.sampled_from(op.OVER), st.booleans(),

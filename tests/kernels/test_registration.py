@@ -1,10 +1,32 @@
-"""The convolution operators in an exported graph: one node each, and the reference as their decomposition."""
+"""The operators in an exported graph: one node each, and the reference as their decomposition."""
 
 import pytest
 import torch
-from pylumiere.kernels import factorized_conv, norm_affine, spatial_conv, temporal_conv
+from pylumiere.kernels import (
+    denoise_step,
+    factorized_conv,
+    groupnorm_silu,
+    norm_affine,
+    spatial_conv,
+    temporal_attention,
+    temporal_conv,
+    temporal_shift,
+)
 
 from pylumiere.testing import rel_rms
+
+ops = torch.ops.pylumiere
+REFERENCES = {
+    ops.temporal_shift.default: temporal_shift.reference,
+    ops.spatial_conv.default: spatial_conv.reference,
+    ops.channel_statistics.default: norm_affine.statistics_reference,
+    ops.norm_affine.default: norm_affine.reference,
+    ops.temporal_conv.default: temporal_conv.reference,
+    ops.factorized_conv.default: factorized_conv.reference,
+    ops.groupnorm_silu.default: groupnorm_silu.reference,
+    ops.temporal_attention.default: temporal_attention.reference,
+    ops.denoise_step.default: denoise_step.reference,
+}
 
 
 class Net(torch.nn.Module):
@@ -12,44 +34,47 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = {"first": (8, 4, 3, 3), "second": (8, 8, 3), "gamma": (8,), "beta": (8,)}
+        sizes = {"first": (8, 4, 3, 3), "second": (8, 8, 3), "gamma": (8,), "beta": (8,), "coef": (1, 10)}
         generator = torch.Generator().manual_seed(0)
         for name, size in sizes.items():
             self.register_buffer(name, torch.randn(size, generator=generator))
+        self.register_buffer("key", torch.tensor([[7, 0, 3, 0, 0]]))
 
     def forward(self, x):
-        h, _ = spatial_conv.spatial_conv(x, self.first, upsample=2)
+        h = temporal_shift.temporal_shift(x.flatten(2, 3), 4).view(x.shape)
+        h, _ = spatial_conv.spatial_conv(h, self.first, upsample=2)
         statistics = norm_affine.channel_statistics(h.flatten(2, 3).flatten(0, 1))
         mul, add = norm_affine.norm_affine(statistics, h.shape[2] * h.shape[3], self.gamma, self.beta, 2)
         h, _ = temporal_conv.temporal_conv(h, self.second, None, mul, add, silu=True)
-        return factorized_conv.factorized_conv(h, self.second.new_ones(8, 8, 3, 3), None, self.second)
+        h = factorized_conv.factorized_conv(h, self.second.new_ones(8, 8, 3, 3), None, self.second)
+        h = groupnorm_silu.groupnorm_silu(h.flatten(2, 3), self.gamma, self.beta, 2)
+        h = temporal_attention.temporal_attention(torch.cat([h, h, h], -1), 2)
+        out = h.flatten(2)  # [1, T, P]: the network's output for each frame
+        frames = torch.arange(x.shape[1])
+        key = self.key + frames[:, None] * torch.tensor([0, 0, 0, 1, 0])
+        weights = torch.ones(x.shape[1], 1)
+        rows = frames.to(torch.int32)[:, None]
+        coef = self.coef * (1 + weights)
+        new, _ = denoise_step.denoise_step(out[0].neg(), None, out, rows, weights, coef, key)
+        return new
 
 
 @pytest.fixture(scope="module")
 def exported():
-    x = torch.randn(1, 4, 3, 5, 4)
+    x = torch.randn(1, 4, 3, 5, 4, generator=torch.Generator().manual_seed(1))
     shapes = {"x": {1: torch.export.Dim("T", min=2, max=80)}}
     return torch.export.export(Net(), (x,), dynamic_shapes=shapes), x
 
 
 def test_each_operator_is_one_node(exported):
     program, _ = exported
-    names = [str(node.target).split(".")[1] for node in program.graph.nodes if "pylumiere" in str(node.target)]
-    assert names == ["spatial_conv", "channel_statistics", "norm_affine", "temporal_conv", "factorized_conv"]
+    nodes = [node.target for node in program.graph.nodes if "pylumiere" in str(node.target)]
+    assert nodes == list(REFERENCES)
 
 
 def test_export_decomposes_to_the_same_values(exported):
     program, x = exported
-    ops = torch.ops.pylumiere
-    plain = program.run_decompositions(
-        {
-            ops.spatial_conv.default: spatial_conv.reference,
-            ops.channel_statistics.default: norm_affine.statistics_reference,
-            ops.norm_affine.default: norm_affine.reference,
-            ops.temporal_conv.default: temporal_conv.reference,
-            ops.factorized_conv.default: factorized_conv.reference,
-        }
-    )
+    plain = program.run_decompositions(REFERENCES)
     assert not [node for node in plain.graph.nodes if "pylumiere" in str(node.target)]
     for frames in (2, 4, 7):  # the number of frames is dynamic
         clip = x[:, :1].repeat(1, frames, 1, 1, 1) + torch.arange(frames)[:, None, None, None]

@@ -91,7 +91,7 @@ def test_grid_uses_the_first_axis_alone():
     assert recording.launches[0].grid == (140_000,)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 2), st.integers(1, 33), st.integers(1, 9), st.integers(1, 2), st.integers(1, 24),
     st.sampled_from(["none", "absolute", "relative"]),

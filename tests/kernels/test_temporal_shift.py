@@ -91,7 +91,7 @@ def test_strided_input():
     assert torch.equal(run(x, 5, "both", "zero"), op.reference(x, 5))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 40), st.integers(2, 9),
     st.sampled_from(SPECS),

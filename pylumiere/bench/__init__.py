@@ -1,0 +1,1 @@
+"""Measurements: `pylumiere bench`, and what the scripts in benchmarks/ share."""

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from pylumiere.backends.choice import (
     ARTEFACT_BACKENDS,
+    PRECISIONS,
     Choice,
     check_backend,
     find_device,
@@ -29,6 +31,8 @@ from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
 from pylumiere.skus import Sku, find_sku, has_bf16, match_device
 
 ORDER = ("tensorrt", "tensorrt_rtx", "triton", "onnxruntime", "torch")
+DTYPES = {"fp32": torch.float32, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool,
+          "fp16": torch.float16, "bf16": torch.bfloat16}  # fmt: skip
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -145,6 +149,8 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
         UnsupportedDevice: none can; or the one that was asked for cannot.
     """
     precision = _LONG_NAMES.get(precision, precision)
+    if precision not in ("auto", *PRECISIONS):
+        raise UnsupportedDevice(f"precision {precision!r} is unknown; allowed: auto, {', '.join(PRECISIONS)}")
     stages = ["base"] if manifest.config.ssr is None else ["base", "ssr"]
     passed: dict[str, str] = {}
     for name in ORDER if backend == "auto" else (backend,):
@@ -163,7 +169,7 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
         reason = _reason(name, chosen, machine, backend == "auto", passed)
         for artefact in manifest.artefacts:
             if artefact not in chosen.values() and artefact.name not in passed:
-                passed[artefact.name] = _refusal(artefact, machine, precision) or _not_needed(artefact, name, chosen)
+                passed[artefact.name] = refusal(artefact, machine, precision) or _not_needed(artefact, name, chosen)
         return Selection(name, found, chosen, reason, passed)
     details = "; ".join(f"{name}: {why}" for name, why in passed.items())
     asked = "no backend" if backend == "auto" else f"backend {backend!r}"
@@ -183,7 +189,7 @@ def _best(
     for artefact in manifest.artefacts:
         if artefact.backend != backend or artefact.stage not in stages:
             continue
-        why = _refusal(artefact, machine, precision)
+        why = refusal(artefact, machine, precision)
         if why is None:
             fitting.setdefault((artefact.precision, artefact.stage), []).append(artefact)
         else:
@@ -212,7 +218,7 @@ def _distance(artefact: Artefact) -> int:
     return 1 if len(artefact.target.sms) == 1 else 2
 
 
-def _refusal(artefact: Artefact, machine: Machine, precision: str) -> str | None:
+def refusal(artefact: Artefact, machine: Machine, precision: str) -> str | None:
     """Why an artefact cannot run on a machine; None if it can."""
     target, name = artefact.target, artefact.backend
     if artefact.kind == "cubins":
@@ -307,7 +313,7 @@ def cut(artefact: Artefact, shapes: Mapping[str, Iterable[int]]) -> list[Piece]:
             f"artefact {artefact.name} takes {', '.join(sorted(expected))}; the model gives {', '.join(sorted(shapes))}"
         )
     rows = next(iter(shapes.values()))[0]
-    best: tuple[int, int] | None = None  # most rows at once, then the profile with the fewest of them
+    best: tuple[tuple[int, int], int, int, int] | None = None  # most rows at once, then least padding
     for number, profile in enumerate(artefact.profiles):
         if all(_takes(profile[name], shape) for name, shape in shapes.items()):
             most = min(profile[name].max[0] for name in shapes)
@@ -341,3 +347,37 @@ def _sizes(artefact: Artefact) -> str:
         axes = zip(allowed.min[1:], allowed.max[1:], strict=True)
         texts.append("x".join(str(low) if low == high else f"{low}..{high}" for low, high in axes))
     return ", ".join(dict.fromkeys(texts))
+
+
+def operands_of(
+    artefact: Artefact,
+    sample: Tensor,
+    timesteps: Tensor,
+    text: Tensor | None,
+    text_mask: Tensor | None,
+    noise_level: Tensor | None,
+) -> dict[str, Tensor]:
+    """A network call's operands by name, contiguous and in the dtypes of the artefact's inputs.
+
+    Raises:
+        BundleError: an input that the model does not give.
+    """
+    given = {"sample": sample, "timesteps": timesteps, "text": text, "text_mask": text_mask, "noise_level": noise_level}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if set(given) != {spec.name for spec in artefact.inputs}:
+        names = ", ".join(spec.name for spec in artefact.inputs)
+        raise BundleError(f"artefact {artefact.name} takes {names}; the model gives {', '.join(given)}")
+    return {spec.name: given[spec.name].to(DTYPES[spec.dtype]).contiguous() for spec in artefact.inputs}
+
+
+def rows_of(tensor: Tensor, piece: Piece) -> Tensor:
+    """The rows of a piece, the last one repeated up to its padded number."""
+    rows = tensor[piece.start : piece.stop]
+    missing = piece.padded - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+def check_sizes(artefact: Artefact, shape: tuple[int, ...]) -> None:
+    """Raises InvalidRequest where a sample of this shape [B, T, H, W, C] does not fit an artefact."""
+    others = {name: (shape[0], *allowed.opt[1:]) for name, allowed in artefact.profiles[0].items()}
+    cut(artefact, {**others, "sample": shape})

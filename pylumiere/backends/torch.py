@@ -77,6 +77,9 @@ class TorchBackend:
             torch.set_num_threads(num_threads)  # per thread of the caller
         return self._networks[stage](sample, timesteps, text, text_mask, noise_level).contiguous()
 
+    def check(self, stage: str, shape: tuple[int, ...]) -> None:
+        """Raises InvalidRequest where a sample of this shape cannot be computed; here every one can."""
+
 
 def _channels_last(weight: Tensor) -> Tensor:
     """The same weight with its input channels last in memory: [O, C, kh, kw] and [O, C, k] only."""

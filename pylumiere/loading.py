@@ -1,0 +1,149 @@
+"""From a source to what runs: a shipped name, a model folder, or a bundle.
+
+Nothing of a network's definition is imported for a bundle whose artefacts run it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pylumiere.backends.artefacts import Selection, choose_from_bundle
+from pylumiere.backends.choice import Choice, choose
+from pylumiere.bundle import Bundle, is_bundle, open_bundle
+from pylumiere.checkpoint import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
+from pylumiere.errors import BundleError
+from pylumiere.text import HashEncoder, MiniLMEncoder, TextEncoder
+
+if TYPE_CHECKING:
+    from pylumiere.backends.torch import TorchBackend
+
+logger = logging.getLogger("pylumiere")
+
+
+class BundleModel:
+    """A bundle and what was chosen from it: to an engine, the same as a `Checkpoint`."""
+
+    def __init__(self, bundle: Bundle, selection: Selection):
+        self.bundle, self.selection = bundle, selection
+        self.config, self.folder = bundle.config, bundle.path
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Values in all networks, from the headers of their safetensors files."""
+        return sum(_count_values(name, self.bundle.read(name)) for name in self.bundle.manifest.weights.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was chosen and what was not, for `Engine.info`."""
+        manifest = self.bundle.manifest
+        return {
+            "bundle": {
+                "created_by": manifest.created_by,
+                "signature": _signature(self.bundle),
+                "artefacts": {
+                    stage: {"name": a.name, "target": a.target.label, "precision": a.precision,
+                            "library": f"{a.library.name} {a.library.version}"}
+                    for stage, a in self.selection.artefacts.items()
+                },
+                "passed_over": dict(self.selection.passed_over),
+            }
+        }  # fmt: skip
+
+    def checkpoint(self) -> Checkpoint:
+        """The networks' weights, for PyTorch and our kernels."""
+        bundle, weights = self.bundle, self.bundle.manifest.weights
+
+        def stage(name: str, network) -> dict:
+            return read_weights(bundle.path / weights[name], network, bundle.read(weights[name]))
+
+        ssr = None if self.config.ssr is None else stage("ssr", self.config.ssr.network)
+        return Checkpoint(bundle.path, self.config, stage("base", self.config.base.network), ssr)
+
+    def text_encoder(self) -> TextEncoder:
+        """The bundle's text encoder: its graph or its weights, as was chosen.
+
+        Raises:
+            BundleError: neither can be used here.
+        """
+        text, length = self.bundle.manifest.text, self.config.text_tokens
+        if text.kind == "hash":
+            return HashEncoder(length, text.width)
+        if "text" in self.selection.artefacts:
+            from pylumiere.backends.onnxruntime import OnnxTextEncoder
+
+            return OnnxTextEncoder(self.bundle, self.selection.artefacts["text"])
+        if text.kind == "minilm" and text.weights is not None:
+            return MiniLMEncoder(length, self.bundle.read(text.tokenizer), self.bundle.read(text.weights))
+        raise BundleError(
+            f"{self.folder}: its {text.kind} text encoder is an ONNX graph; install ONNX Runtime "
+            "(pip install onnxruntime)"
+        )
+
+
+def load_model(
+    source: str | PathLike,
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    trusted_key: Any = None,
+) -> tuple[Checkpoint | BundleModel, Choice]:
+    """Finds a model, checks it, and chooses what runs it.
+
+    Args:
+        source: a shipped name, a model folder or a bundle.
+        backend, device, precision: "auto" or a wish; see `choice.choose`.
+        trusted_key: an Ed25519 public key, or its PEM file; a source that does not carry its signature is refused.
+
+    Raises:
+        BundleError: the model cannot be read, or (IntegrityError) is not what it should be.
+        UnsupportedDevice: what was asked for cannot run here.
+    """
+    if str(source) not in SHIPPED and is_bundle(source):
+        bundle = open_bundle(source, trusted_key)
+        choice, selection = choose_from_bundle(bundle.manifest, backend, device, precision)
+        return BundleModel(bundle, selection), choice
+    if trusted_key is not None:
+        raise BundleError(f"model {str(source)!r} is no bundle, and only a bundle can be signed; drop the trusted key")
+    choice = choose(backend, device, precision)
+    return load_checkpoint(find_model(source)), choice
+
+
+def make_backend(model: Checkpoint | BundleModel, choice: Choice) -> TorchBackend:
+    """What runs a model's networks: a TorchBackend, or something with the same methods."""
+    if choice.backend == "onnxruntime":
+        from pylumiere.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(model.bundle, model.selection.artefacts, choice)
+    if choice.backend in ("tensorrt", "tensorrt_rtx"):
+        from pylumiere.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(model.bundle, model.selection.artefacts, choice)
+    checkpoint = model.checkpoint() if isinstance(model, BundleModel) else model
+    if choice.backend == "triton":
+        from pylumiere.backends.triton import TritonBackend
+
+        return TritonBackend(checkpoint, choice)
+    from pylumiere.backends.torch import TorchBackend
+
+    return TorchBackend(checkpoint, choice)
+
+
+def _signature(bundle: Bundle) -> str:
+    if bundle.is_trusted:
+        return "the trusted key's"
+    return "there, not checked (no trusted key was given)" if bundle.is_signed else "none"
+
+
+def _count_values(name: str, data: bytes) -> int:
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+        return sum(functools.reduce(lambda a, b: a * b, shape, 1) for shape in shapes)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(f"{Path(name).name} is no safetensors file") from None

@@ -68,7 +68,7 @@ def _interruptible(command):
     return run
 
 
-Model = Annotated[str, typer.Option(help="A shipped model's name (demo) or a model folder.")]
+Model = Annotated[str, typer.Option(help="A shipped model's name (demo), a model folder or a bundle (name.plm).")]
 Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
 Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -262,6 +262,63 @@ def serve_key(
     else:
         append_key(file, line)
     print(key)
+
+
+_Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.plm.")]
+_Key = Annotated[str | None, typer.Option(help="Public key in PEM; its signature is then required.")]
+
+
+@app.command("inspect")
+@_interruptible
+def inspect_bundle(
+    path: _Bundle,
+    key: _Key = None,
+    sku: Annotated[str | None, typer.Option(help="Ask for this card instead of this machine, such as rtx4090.")] = None,
+    backend: Backend = "auto",
+    precision: Precision = "auto",
+    as_json: Json = False,
+) -> None:
+    """Says what is in a bundle, what would run here, and why; checks hashes first."""
+    from pylumiere.inspecting import inspect, inspect_tables
+
+    report = inspect(path, key, sku, backend, precision)
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200)
+    for part in inspect_tables(report):
+        console.print(part)
+
+
+@app.command("verify")
+@_interruptible
+def verify_bundle(
+    path: _Bundle,
+    key: _Key = None,
+    full: Annotated[bool, typer.Option("--full", help="Also at every size of the receipts, the largest too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Checks a bundle's hashes and signature, and runs its graphs beside its weights."""
+    from pylumiere.inspecting import verify, verify_lines
+
+    report = verify(path, key, full=full)
+    print(json.dumps(report, indent=1) if as_json else "\n".join(verify_lines(report)))
+
+
+@app.command("keygen")
+@_interruptible
+def make_keys(
+    private: Annotated[str, typer.Argument(help="File for the private key (PEM); for --sign, never for a server.")],
+    public: Annotated[str | None, typer.Option(help="For the public key; PRIVATE with the ending .pub.pem.")] = None,
+) -> None:
+    """Makes an Ed25519 key pair for signing bundles."""
+    from pylumiere.bundle import make_key_pair
+
+    public = str(Path(private).with_suffix(".pub.pem")) if public is None else public
+    make_key_pair(private, public)
+    print(f"{_absolute(private)}: private key\n{_absolute(public)}: public key")
 
 
 def _load(model: str, backend: str, device: str, precision: str):

@@ -1,0 +1,11 @@
+"""pylumiere.export: one model to one bundle for many GPUs, on a machine that needs none.
+
+`spec.py` says what the exported networks take and give; `to_onnx.py`, `to_tensorrt.py` and `cubins.py` build from it;
+`build.py` puts the bundle together. The folder is mapped to `pylumiere.export` by setup.py.
+"""
+
+if not __name__.startswith("pylumiere."):
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; it is the package 'pylumiere.export'. "
+        "Install the project with: pip install --no-build-isolation -e ."
+    )

@@ -1,0 +1,188 @@
+"""What the exported networks take and give: the only list of inputs, outputs, axes with their ranges, and tolerances.
+
+The ONNX exporter, the plan builder, the checks and the manifest all read it. Inputs and outputs are float32 in every
+precision; a graph converts them at its ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pylumiere.bundle import ShapeRange, TensorSpec
+from pylumiere.config import ModelConfig, STUNetConfig
+from pylumiere.errors import InvalidRequest
+
+OPSET = 18
+
+# Relative RMS error of an exported graph against the eager model in float32. Twice to four times what the demo and
+# tiny networks showed; the differences between precisions are a hundred times larger.
+TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 8e-2}
+
+# Operators that a graph must not hold: TensorRT is wrong or slow on them.
+FORBIDDEN_OPS = ("GroupNormalization",)
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dynamic axis: sizes from `min` to `max` in steps of `multiple`."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
+
+    def odd(self, fraction: float) -> int:
+        """An odd multiple near this fraction of the largest size, within the range."""
+        low, high = self.min // self.multiple, self.max // self.multiple
+        return min(max(int(high * fraction) | 1, low), high) * self.multiple
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output. `axes` are names of dynamic axes, or fixed sizes."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+
+    def tensor_spec(self) -> TensorSpec:
+        return TensorSpec(name=self.name, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The interface of one network.
+
+    Attributes:
+        stage: "base", "ssr" or "text".
+        inputs, output: in the order of the graph.
+        axes: ranges of the dynamic axes, by name.
+        buckets: sizes of all axes for which plans get a profile of their own; the batch is the largest of each.
+    """
+
+    stage: str
+    inputs: tuple[Port, ...]
+    output: Port
+    axes: dict[str, Axis]
+    buckets: tuple[dict[str, int], ...]
+
+    def check_sizes(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Sizes at which a graph is compared with the eager model: smallest, odd, largest."""
+        odd = {name: axis.odd(0.4 if name == "W" else 0.6) for name, axis in self.axes.items()}
+        yield "smallest", {name: axis.min for name, axis in self.axes.items()}
+        yield "odd", odd
+        yield "largest", {name: axis.max for name, axis in self.axes.items()}
+
+    def ranges(self) -> dict[str, ShapeRange]:
+        """What the dynamic graph takes: one profile over the whole range."""
+        low, best, high = ({n: getattr(axis, f) for n, axis in self.axes.items()} for f in ("min", "opt", "max"))
+        return {p.name: ShapeRange(min=p.shape(low), opt=p.shape(best), max=p.shape(high)) for p in self.inputs}
+
+    def profiles(self) -> tuple[dict[str, ShapeRange], ...]:
+        """One per bucket: everything fixed but the batch, so that kernels are chosen for these very sizes."""
+        found = []
+        for bucket in self.buckets:
+            one = {**bucket, "B": 1}
+            found.append(
+                {p.name: ShapeRange(min=p.shape(one), opt=p.shape(bucket), max=p.shape(bucket)) for p in self.inputs}
+            )
+        return tuple(found)
+
+    def to_json(self) -> dict:
+        """Plain values, for keys of the cache and for other processes."""
+        ports = [[port.name, port.dtype, list(port.axes)] for port in (*self.inputs, self.output)]
+        axes = [[a.name, a.min, a.opt, a.max, a.multiple] for a in self.axes.values()]
+        return {"stage": self.stage, "ports": ports, "axes": axes, "buckets": list(self.buckets)}
+
+    @classmethod
+    def from_json(cls, data: dict) -> NetworkSpec:
+        *inputs, output = [Port(name, dtype, tuple(axes)) for name, dtype, axes in data["ports"]]
+        axes = {row[0]: Axis(*row) for row in data["axes"]}
+        return cls(data["stage"], tuple(inputs), output, axes, tuple(data["buckets"]))
+
+
+def network_specs(
+    config: ModelConfig,
+    *,
+    batch: int = 2,
+    frames: tuple[int, ...] = (),
+    sizes: tuple[tuple[int, int], ...] = (),
+) -> dict[str, NetworkSpec]:
+    """The interfaces of a model's networks, by stage.
+
+    Args:
+        batch: largest batch; 2 is one clip with guidance.
+        frames: numbers of frames of the base network; () for the model's own.
+        sizes: (height, width) of the finished clip; () for the model's own.
+
+    Raises:
+        InvalidRequest: sizes that the networks cannot have; the option and what is allowed are named.
+    """
+    if not 1 <= batch <= MAX_BATCH:
+        raise InvalidRequest(f"--batch {batch} is not in 1..{MAX_BATCH}")
+    base, last = config.base.network, (config.ssr or config.base).network
+    frames = frames or (base.num_frames,)
+    for count in frames:
+        _check_multiple("--frames", count, base.temporal_factor, 4096)
+    sizes = sizes or ((last.height, last.width),)
+    scale = (1, 1) if config.ssr is None else (last.height // base.height, last.width // base.width)
+    small = []
+    for height, width in sizes:
+        for name, value, times, factor in (("height", height, scale[0], base.spatial_factor),
+                                           ("width", width, scale[1], base.spatial_factor)):  # fmt: skip
+            unit = math.lcm(times * factor, last.spatial_factor)
+            _check_multiple(f"--size ({name})", value, unit, 16384)
+        small.append((height // scale[0], width // scale[1]))
+    specs = {"base": _stunet_spec("base", base, config.text_tokens, batch, frames, tuple(small))}
+    if config.ssr is not None:
+        window = config.window_frames + 2 * config.halo_frames
+        specs["ssr"] = _stunet_spec("ssr", last, config.text_tokens, batch, (window,), sizes)
+    return specs
+
+
+def text_spec(text_tokens: int, width: int) -> NetworkSpec:
+    """The text encoder: one prompt or a few, always the same length."""
+    inputs = (Port("input_ids", "int64", ("B", text_tokens)), Port("attention_mask", "int64", ("B", text_tokens)))
+    output = Port("embeddings", "fp32", ("B", text_tokens, width))
+    return NetworkSpec("text", inputs, output, {"B": Axis("B", 1, 1, 8)}, ({"B": 1},))
+
+
+def _stunet_spec(
+    stage: str, network: STUNetConfig, text_tokens: int, batch: int, frames: tuple[int, ...], sizes: tuple
+) -> NetworkSpec:
+    inputs = [Port("sample", "fp32", ("B", "T", "H", "W", network.in_channels)), Port("timesteps", "fp32", ("B",))]
+    if network.text_dim:
+        inputs += [
+            Port("text", "fp32", ("B", text_tokens, network.text_dim)),
+            Port("text_mask", "bool", ("B", text_tokens)),
+        ]
+    if network.noise_level:
+        inputs.append(Port("noise_level", "fp32", ("B",)))
+    output = Port("prediction", "fp32", ("B", "T", "H", "W", network.out_channels))
+    buckets = tuple(
+        {"B": batch, "T": count, "H": height, "W": width} for count in sorted(set(frames)) for height, width in sizes
+    )
+    # One frame is a network of its own where frames are shifted or embedded, see STUNet.
+    has_single = not network.frame_embedding and not any(level.shift for level in network.levels)
+    shortest = network.temporal_factor if network.temporal_factor > 1 or has_single else 2
+    first = buckets[0]
+    axes = {
+        "B": Axis("B", 1, 1, batch),
+        "T": Axis("T", shortest, first["T"], max(b["T"] for b in buckets), network.temporal_factor),
+        "H": Axis("H", network.spatial_factor, first["H"], max(b["H"] for b in buckets), network.spatial_factor),
+        "W": Axis("W", network.spatial_factor, first["W"], max(b["W"] for b in buckets), network.spatial_factor),
+    }
+    return NetworkSpec(stage, tuple(inputs), output, axes, buckets)
+
+
+def _check_multiple(option: str, value: int, unit: int, limit: int) -> None:
+    if value < unit or value % unit or value > limit:
+        raise InvalidRequest(f"{option} {value} is not a multiple of {unit} in {unit}..{limit - limit % unit}")

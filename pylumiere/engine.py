@@ -1,114 +1,94 @@
-"""Engine: a loaded model that makes clips. Immutable after loading; share it between threads.
+"""Engine: a loaded model that makes clips, for any number of threads and asyncio tasks at once.
 
-`generate` collects what `stream` yields, so both give the same bytes. The work runs in the thread that asks for the
-next frames; `submit` runs it in the engine's own thread.
+`generate`, `stream`, `submit` and `upscale` are one path: a `Job` (jobs.py) that the engine's scheduler (scheduling.py)
+works on together with all others. See docs/engine.md for threads, batching, budget and deadlines.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import logging
 import platform
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 import pylumiere
-from pylumiere.backends import Choice, choose
-from pylumiere.backends.torch import TorchBackend
-from pylumiere.checkpoint import Checkpoint, find_model, load_checkpoint
+from pylumiere.backends import Choice
 from pylumiere.config import ModelConfig
-from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
-from pylumiere.pipeline import Hooks, Pipeline, Plan, StagePlan, plan_request, plan_ssr, ssr_scale
+from pylumiere.errors import InvalidRequest
+from pylumiere.jobs import Chunk, Job, Order, Stream
+from pylumiere.loading import load_model, make_backend
+from pylumiere.memory import Budget, CallBytes, Need, activation_bytes, parse_bytes, resident_bytes
+from pylumiere.pipeline import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
-from pylumiere.text import load_text_encoder
+from pylumiere.scheduling import Scheduler, call_shape
 from pylumiere.video import Video
-from pylumiere.windows import to_uint8
+from pylumiere.windows import memory_bytes
+
+if TYPE_CHECKING:
+    from pylumiere.checkpoint import Checkpoint
+    from pylumiere.loading import BundleModel
+
+__all__ = ["Chunk", "Engine", "Job", "Stream"]
 
 logger = logging.getLogger("pylumiere")
 
 OutputType = Literal["uint8", "float"]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive final frames: uint8 (or float32 in 0..1) [n, H, W, 3]; the first is frame `start` of the clip."""
-
-    start: int
-    frames: np.ndarray
-
-
-class Stream:
-    """Iterator over the Chunks of one clip, in order and without gaps. Leaving it early stops the work.
-
-    Attributes:
-        fps, seed: of the clip.
-        num_frames: None while an input of unknown length is read.
-        height, width: of the frames; None for `upscale` before the first chunk.
-        metadata: JSON values about the clip; `seconds` and `first_frame_seconds` fill up as it runs.
-    """
-
-    def __init__(self, chunks: Iterator[Chunk], metadata: dict[str, Any]):
-        self._chunks = chunks
-        self.metadata = metadata
-
-    fps = property(lambda self: self.metadata["fps"])
-    seed = property(lambda self: self.metadata["seed"])
-    num_frames = property(lambda self: self.metadata["num_frames"])
-    height = property(lambda self: self.metadata["height"])
-    width = property(lambda self: self.metadata["width"])
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """Stops the work and frees its memory. Harmless after the end."""
-        self._chunks.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def collect(self) -> Video:
-        """The rest of the clip, which is all of it if nothing was taken before."""
-        frames = np.concatenate([chunk.frames for chunk in self])
-        return Video(frames, self.fps, self.metadata)
-
-
 class Engine:
     """Use `Engine.load`. See `info()` for what was chosen and why."""
 
-    def __init__(self, checkpoint: Checkpoint, choice: Choice, memory_budget: int | None, reproducible: bool | None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint | BundleModel,
+        choice: Choice,
+        memory_budget: int | None = None,
+        reproducible: bool | None = None,
+        *,
+        max_batch: int | None = None,
+        max_running: int = 8,
+        max_queue: int = 1000,
+    ):
+        for name, value, least in (
+            ("max_batch", 1 if max_batch is None else max_batch, 1),
+            ("max_running", max_running, 1),
+            ("max_queue", max_queue, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidRequest(f"{name}={value!r} should be an integer of at least {least}")
         self.config: ModelConfig = checkpoint.config
         self.scale = ssr_scale(checkpoint.config)
-        self.reproducible = choice.device.type == "cpu" if reproducible is None else reproducible
+        on_cpu = choice.device.type == "cpu"
+        self.reproducible = on_cpu if reproducible is None else reproducible
         self.memory_budget = memory_budget
         self._choice = choice
         self._folder = checkpoint.folder
-        self._parameters = sum(t.numel() for stage in (checkpoint.base, checkpoint.ssr or {}) for t in stage.values())
-        self._backend = _make_backend(checkpoint, choice)
-        encoder = load_text_encoder(
-            self.config.text_encoder, max_length=self.config.text_tokens, width=self.config.base.network.text_dim
-        )
-        # One window a call on a CPU: larger batches are no faster there and hold back the first frames.
-        capacity = 1 if choice.device.type == "cpu" else 8
-        self._pipeline = Pipeline(self.config, self._backend, encoder, capacity, self.reproducible)
-        self._check_budget()
-        self._jobs = _JobThread()
-        weakref.finalize(self, self._jobs.close)  # when the engine goes, and when the interpreter ends
+        self._parameters, self._facts = checkpoint.parameters, checkpoint.facts
+        self._backend = make_backend(checkpoint, choice)
+        self._pipeline = Pipeline(self.config, self._backend, checkpoint.text_encoder())
+        # On a CPU two lanes, each with half of the threads. A row is a part of its own, so that a call's shape is
+        # fixed; without `reproducible` a lane takes its share of the rows at once.
+        self._lanes = min(2, self._backend.num_threads) if on_cpu else 1
+        self._max_batch = max_batch
+        fixed = {"weights": self._backend.weight_bytes}
+        if on_cpu:
+            fixed["process"] = max(0, resident_bytes() - self._backend.weight_bytes)
+        budget = Budget(memory_budget, fixed)
+        budget.check()
+        self._scheduler = Scheduler(
+            self._pipeline, lanes=self._lanes, part_rows=1 if on_cpu and self.reproducible else None,
+            part_threads=self._backend.num_threads // self._lanes if on_cpu else None,
+            capacity={guided: self._capacity(guided) for guided in (False, True)},
+            fixed_batch=self.reproducible and not on_cpu, budget=budget, max_running=max_running,
+            max_queue=max_queue,
+        )  # fmt: skip
+        weakref.finalize(self, self._scheduler.close)  # when the engine goes, and when the interpreter ends
 
     @classmethod
     def load(
@@ -118,27 +98,32 @@ class Engine:
         backend: str = "auto",
         device: str = "auto",
         precision: str = "auto",
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         reproducible: bool | None = None,
+        trusted_key: Any = None,
+        **limits: int | None,
     ) -> Engine:
         """Loads a model.
 
         Args:
-            source: a shipped name ("demo") or a model folder.
+            source: a shipped name ("demo"), a model folder, or a bundle (name.plm), which is verified first.
             backend, device, precision: what to run on; "auto" chooses, and `info()["reason"]` says why.
-            memory_budget: bytes for the weights and for what one request needs beside them; None is no limit.
+            memory_budget: most bytes, or a text like "4GiB", for weights and all requests that run; on a CPU for the
+                whole process. None is no limit.
             reproducible: same seed, same bytes, however the work is batched: networks are called with one fixed shape.
                 None: on for the CPU.
+            trusted_key: an Ed25519 public key or its PEM file; a bundle without its signature is refused.
+            limits: `max_batch`, windows of one network call (None: what suits the device); `max_running` (8), requests
+                that are worked on at once; `max_queue` (1000), requests that wait.
 
         Raises:
             BundleError: the model cannot be read.
             UnsupportedDevice: what was asked for cannot run here.
             BudgetExceeded: the weights alone do not fit.
         """
-        if memory_budget is not None and (isinstance(memory_budget, bool) or memory_budget <= 0):
-            raise InvalidRequest(f"memory_budget={memory_budget!r} should be a positive number of bytes, or None")
-        choice = choose(backend, device, precision)
-        engine = cls(load_checkpoint(find_model(source)), choice, memory_budget, reproducible)
+        budget = parse_bytes(memory_budget)
+        model, choice = load_model(source, backend, device, precision, trusted_key)
+        engine = cls(model, choice, budget, reproducible, **limits)
         logger.info("loaded %s: %s on %s in %s (%s)", engine.config.name, choice.backend, choice.device,
                     choice.precision, choice.reason)  # fmt: skip
         return engine
@@ -155,11 +140,24 @@ class Engine:
             BudgetExceeded: the request does not fit the memory budget.
             NonFiniteOutput: (RuntimeError) a network gave NaN or infinity; stage, step and window are named.
         """
-        return self.stream(prompt, **fields).collect()
+        job = self._submit(_request(prompt, fields), None, None)
+        try:
+            if job.request.callback_on_step_end is not None:
+                job._follow_to_the_end()
+            return job.result()
+        except BaseException:
+            job.cancel()
+            raise
 
     def stream(self, prompt: str | GenerationRequest, **fields: Any) -> Stream:
-        """Makes a clip, yields frames as they become final. Raises as `generate`; for a wrong request, at once."""
-        return self._stream(_request(prompt, fields), should_stop=None)
+        """Makes a clip, yields frames as they become final. Raises as `generate`; for a wrong request, at once.
+
+        The work begins when the first frames are asked for, and goes on while they are used, up to the next ones.
+        """
+        request = _request(prompt, fields)
+        order, metadata = self._ordered(request)
+        self._scheduler.budget.check(self._need(order, request, 1))
+        return Stream(self._chunks(request, order, metadata), metadata)
 
     def upscale(
         self,
@@ -187,6 +185,8 @@ class Engine:
             loop: the last frame runs into the first; needs num_frames.
             num_inference_steps, window_frames, window_overlap: None takes the model's.
             callback_on_step_end, output_type: as in GenerationRequest.
+
+        The input is read, and the callback runs, in the thread that takes the frames.
 
         Raises:
             InvalidRequest: wrong values, frames that are no pictures or change their size, or none at all.
@@ -219,12 +219,35 @@ class Engine:
         plan(self.config.ssr.network.height, self.config.ssr.network.width)  # refuses before the first frame is read
         return Stream(self._upscaled(frames, request, metadata, plan), metadata)
 
-    def submit(self, prompt: str | GenerationRequest, **fields: Any) -> Job:
-        """Queues a request for the engine's own thread; requests run one after the other, in order."""
-        request = _request(prompt, fields)
-        self._stream(request, None)  # a wrong request is refused here, not in the thread
-        job = Job(request)
-        self._jobs.put(self._run, job)
+    def submit(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        timeout: float | None = None,
+        buffer_frames: int | None = None,
+        **fields: Any,
+    ) -> Job:
+        """Queues a request and returns at once. From any thread.
+
+        A `callback_on_step_end` runs in a thread of its own (with `buffer_frames`: in the one that reads the frames);
+        the request waits for it after every step, others do not.
+
+        Args:
+            timeout: seconds from now in which it must be done; then it ends with DeadlineExceeded.
+            buffer_frames: most final frames that wait for `frames()`. None keeps the whole clip, for `result()` and any
+                number of readers.
+
+        Raises:
+            InvalidRequest, BudgetExceeded: as `generate`.
+            QueueFull: `max_queue` requests wait already.
+        """
+        if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < float("inf")):
+            raise InvalidRequest(f"timeout={timeout!r} should be a positive number of seconds, or None")
+        if buffer_frames is not None and (not isinstance(buffer_frames, int) or buffer_frames < 1):
+            raise InvalidRequest(f"buffer_frames={buffer_frames!r} should be a positive number of frames, or None")
+        job = self._submit(_request(prompt, fields), timeout, buffer_frames)
+        if job.request.callback_on_step_end is not None and buffer_frames is None:
+            threading.Thread(target=job._follow_to_the_end, name="pylumiere-callback", daemon=True).start()
         return job
 
     def info(self) -> dict[str, Any]:
@@ -235,6 +258,7 @@ class Engine:
             "folder": str(self._folder),
             **self._choice_facts(),
             "reason": self._choice.reason,
+            **self._facts,
             "reproducible": self.reproducible,
             "num_threads": self._backend.num_threads,
             "text_encoder": self.config.text_encoder,
@@ -259,9 +283,14 @@ class Engine:
             },
         }
 
-    def close(self) -> None:
-        """Cancels what was submitted and ends the engine's thread."""
-        self._jobs.close()
+    def close(self, drain: bool = False, timeout: float | None = None) -> None:
+        """Takes no more requests and ends the engine's threads.
+
+        Args:
+            drain: lets the requests that are there end; otherwise they are cancelled.
+            timeout: seconds to drain; what is left then is cancelled.
+        """
+        self._scheduler.close(drain, timeout)
 
     def __enter__(self) -> Engine:
         return self
@@ -275,43 +304,89 @@ class Engine:
         choice = self._choice
         return {"backend": choice.backend, "device": str(choice.device), "precision": choice.precision}
 
-    def _check_budget(self, *stages: StagePlan | None) -> None:
-        """Weights, and the largest stage: they run one after the other."""
-        if self.memory_budget is None:
-            return
-        weights = self._backend.weight_bytes
-        needs = {stage.name: self._pipeline.stage_bytes(stage) for stage in stages if stage is not None}
-        required = weights + max(needs.values(), default=0)
-        if required > self.memory_budget:
-            parts = ", ".join(f"{name} {count}" for name, count in {"weights": weights, **needs}.items())
-            raise BudgetExceeded(
-                f"memory_budget={self.memory_budget} bytes: {required} are needed ({parts}); "
-                "give more, or ask for a smaller size, fewer frames, or smaller windows"
-            )
+    def _capacity(self, guided: bool) -> int:
+        """Windows of a call."""
+        if self._max_batch is not None:
+            return self._max_batch
+        if self._choice.device.type != "cpu":
+            return 8
+        rows = self._lanes if self.reproducible else 2 * self._lanes
+        return max(1, rows // (2 if guided else 1))
 
-    def _stream(self, request: GenerationRequest, should_stop: Callable[[], bool] | None) -> Stream:
+    def _ordered(self, request: GenerationRequest) -> tuple[Order, dict[str, Any]]:
         plan = plan_request(request, self.config)
-        self._check_budget(plan.base, plan.ssr)
         metadata = {
             "model": self.config.name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
-            "width": plan.width,             "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
+            "width": plan.width, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale, **self._choice_facts(), "seconds": {},
         }  # fmt: skip
-        hooks = Hooks(request.callback_on_step_end, should_stop)
-        return Stream(self._chunks(plan, metadata, hooks), metadata)
+        return Order(plan, plan.ssr or plan.base, plan.seed, (plan.height, plan.width)), metadata
 
-    def _chunks(self, plan: Plan, metadata: dict[str, Any], hooks: Hooks) -> Iterator[Chunk]:
-        clock = _Clock(metadata)
-        text = self._pipeline.embed(plan)
-        clock.lap("text")
-        low = self._pipeline.base(plan, text, hooks)
-        clock.lap("base")
-        final = [(0, low)] if plan.ssr is None else self._pipeline.ssr(plan.ssr, low, plan.seed, hooks, text)
-        yield from _delivered(final, plan.request.output_type, clock, "ssr")
+    def _submit(self, request: GenerationRequest, timeout: float | None, buffer_frames: int | None) -> Job:
+        order, metadata = self._ordered(request)
+        return self._queue(request, order, metadata, timeout, buffer_frames)
+
+    def _queue(self, request, order, metadata, timeout=None, buffer_frames=None) -> Job:
+        for stage in [order.last] if order.plan is None or order.plan.ssr is None else [order.plan.base, order.last]:
+            shape = (1, stage.windows.call_frames, stage.height, stage.width)
+            self._backend.check(stage.name, (*shape, self._pipeline.network(stage.name).in_channels))
+        job = Job(self._scheduler, request, order, metadata, buffer_frames=buffer_frames, timeout=timeout,
+                  keep_alive=self)  # fmt: skip
+        self._scheduler.submit(job, self._need(order, request, buffer_frames))
+        return job
+
+    def _need(self, order: Order, request: GenerationRequest, buffer_frames: int | None) -> Need:
+        """Bytes of a request; counted only where there is a budget."""
+        if self.memory_budget is None:
+            return Need(0, {})
+        stages = [order.last] if order.plan is None or order.plan.ssr is None else [order.plan.base, order.last]
+        owner = 0 if order.feed is None else id(order)
+        calls = {call_shape(stage, owner): self._call_bytes(stage) for stage in stages}
+        own = max(self._clip_bytes(stage) for stage in stages)
+        last = order.last
+        pixel = 3 if request.output_type == "uint8" else 12
+        kept = last.windows.num_frames if buffer_frames is None else buffer_frames + last.windows.window
+        own += kept * last.height * last.width * pixel
+        if order.plan is not None:
+            low = order.plan.num_frames * order.plan.base.height * order.plan.base.width
+            own += low * 4 * (2 * 3 + 4)  # the base's frames, once more while they are joined, and the conditioning
+        return Need(own, calls)
+
+    def _clip_bytes(self, stage: StagePlan) -> int:
+        """Frame states, conditioning frames that wait, and frames on their way out."""
+        steps, capacity = len(stage.table.timesteps), self._capacity(stage.is_guided)
+        states = memory_bytes(
+            stage.windows, frame_shape=(stage.height, stage.width, 3), steps=steps, capacity=capacity,
+            num_outputs=2 if stage.is_guided else 1, multistep=stage.table.uses_previous,
+        )  # fmt: skip
+        slots, _ = stage.windows.buffer_sizes(steps, capacity)
+        frame = 4 * stage.height * stage.width * 3
+        return states + frame * (slots + stage.windows.call_frames)
+
+    def _call_bytes(self, stage: StagePlan) -> CallBytes:
+        network = self._pipeline.network(stage.name)
+        rows = (2 if stage.is_guided else 1) * self._capacity(stage.is_guided)
+        frames, values = stage.windows.call_frames, stage.windows.call_frames * stage.height * stage.width
+        part_rows = 1 if self._scheduler_parts_are_rows() else -(-rows // self._lanes)
+        activations = activation_bytes(
+            network, part_rows, frames, stage.height, stage.width, self._backend.dtype, self.config.text_tokens
+        )
+        # x, the sample, the prediction and its copy, and a part's own sample.
+        buffers = 4 * values * (rows * (3 + network.in_channels + 3) + self._lanes * part_rows * 3)
+        return CallBytes(buffers, min(self._lanes, rows) * activations)
+
+    def _scheduler_parts_are_rows(self) -> bool:
+        return self._choice.device.type == "cpu" and self.reproducible
+
+    def _chunks(self, request: GenerationRequest, order: Order, metadata: dict[str, Any]) -> Iterator[Chunk]:
+        job = self._queue(request, order, metadata, buffer_frames=1)
+        try:
+            yield from job._follow()
+        finally:
+            job.cancel()
 
     def _upscaled(self, frames: Iterable[np.ndarray], request: GenerationRequest, metadata, plan) -> Iterator[Chunk]:
-        clock = _Clock(metadata)
         low = _checked_frames(frames)
         first = next(low, None)
         if first is None:
@@ -325,190 +400,25 @@ class Engine:
         metadata["height"], metadata["width"] = height, width
         factor = self.config.ssr.network.spatial_factor
         step = factor // np.gcd(factor, self.scale)  # of the low-resolution sides
-        bottom, right = -first.shape[0] % step, -first.shape[1] % step
+        edges = ((0, -first.shape[0] % step), (0, -first.shape[1] % step), (0, 0))
+        stage = plan(height + int(edges[0][1]) * self.scale, width + int(edges[1][1]) * self.scale)
+        feed = Feed()
+        feed.put(np.pad(first, edges, mode="edge"))
 
-        def padded() -> Iterator[np.ndarray]:
-            yield np.pad(first, ((0, bottom), (0, right), (0, 0)), mode="edge")
-            for frame in low:
-                yield np.pad(frame, ((0, bottom), (0, right), (0, 0)), mode="edge")
+        def read() -> np.ndarray | None:
+            frame = next(low, None)
+            return None if frame is None else np.pad(frame, edges, mode="edge")
 
-        stage = plan(height + int(bottom) * self.scale, width + int(right) * self.scale)
-        self._check_budget(stage)
-        final = self._pipeline.ssr(stage, padded(), request.seed, Hooks(request.callback_on_step_end))
-        cropped = ((start, np.ascontiguousarray(pixels[:, :height, :width])) for start, pixels in final)
+        job = self._queue(request, Order(None, stage, request.seed, (height, width), feed), metadata, buffer_frames=1)
         count = 0
-        for chunk in _delivered(cropped, request.output_type, clock, "ssr"):
-            count += len(chunk.frames)
-            yield chunk
-        metadata["num_frames"] = count
-
-    def _run(self, job: Job) -> Video:
-        """A job's work, in the engine's thread."""
-
-        def follow(progress: Progress) -> None:
-            job.progress = progress
-            if job.request.callback_on_step_end is not None:
-                job.request.callback_on_step_end(progress)
-
-        request = _request(job.request, {"callback_on_step_end": follow})
-        return self._stream(request, should_stop=job.is_cancelled).collect()
-
-
-class Job:
-    """A submitted request. Also awaitable; cancelling the task that awaits it cancels the job.
-
-    Attributes:
-        request: what was asked for.
-        progress: the latest Progress; None before the first network call has ended.
-    """
-
-    def __init__(self, request: GenerationRequest):
-        self.request = request
-        self.progress: Progress | None = None
-        self._future: concurrent.futures.Future[Video] = concurrent.futures.Future()
-        self._cancelled = threading.Event()
-        self._lock = threading.Lock()
-
-    def cancel(self) -> bool:
-        """Stops the work within one network call. False if the job had ended before."""
-        self._cancelled.set()
-        with self._lock:
-            if self._future.done():
-                return False
-            if not self._future.running():
-                self._future.set_exception(Cancelled("the job was cancelled before it started"))
-            return True
-
-    def is_cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled.is_set()
-
-    @property
-    def done(self) -> bool:
-        """Whether there is a result or an error."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> Video:
-        """Waits for the clip.
-
-        Raises:
-            TimeoutError: not done after `timeout` seconds; the job goes on.
-            Cancelled: it was cancelled.
-        """
         try:
-            return self._future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            if self._future.done():  # an error of the work itself
-                raise
-            raise TimeoutError(f"the job is not done after {timeout} s") from None
-
-    def __await__(self):
-        return self._wait().__await__()
-
-    async def _wait(self) -> Video:
-        try:
-            # Shielded: a cancelled task must not cancel the future under the thread that will fill it.
-            return await asyncio.shield(asyncio.wrap_future(self._future))
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-
-    def _start(self) -> bool:
-        """False if it was cancelled while it waited."""
-        with self._lock:
-            return not self._future.done() and self._future.set_running_or_notify_cancel()
-
-    def _finish(self, result: Video | None, error: BaseException | None) -> None:
-        with self._lock:
-            if error is not None:
-                self._future.set_exception(error)
-            else:
-                self._future.set_result(result)
-
-
-class _JobThread:
-    """One thread that runs jobs in order. It starts with the first job and does not keep the engine alive."""
-
-    def __init__(self):
-        self._lock = threading.RLock()  # the engine's finalizer may run inside
-        self._changed = threading.Condition(self._lock)
-        self._waiting: list[tuple[Callable[[Job], Video], Job]] = []
-        self._running: Job | None = None
-        self._thread: threading.Thread | None = None
-        self._is_closed = False
-
-    def put(self, run: Callable[[Job], Video], job: Job) -> None:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("the engine is closed")
-            self._waiting.append((run, job))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pylumiere-jobs", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            jobs = [job for _, job in self._waiting]
-            if self._running is not None:
-                jobs.append(self._running)
-            self._changed.notify()
-        for job in jobs:
+            for chunk in job._follow(read=read):
+                count += len(chunk.frames)
+                yield chunk
+        finally:
             job.cancel()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _work(self) -> None:
-        while self._run_next():
-            pass
-
-    def _run_next(self) -> bool:
-        """A function of its own: while the thread waits, none of its variables holds the engine."""
-        with self._lock:
-            self._running = None
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            if not self._waiting:
-                return False
-            run, job = self._waiting.pop(0)
-            self._running = job
-        if job._start():
-            try:
-                result, error = run(job), None
-            except BaseException as raised:  # to the one who waits for the job
-                result, error = None, raised
-            job._finish(result, error)
-        return True
-
-
-class _Clock:
-    """Seconds of each part of the work, into the metadata."""
-
-    def __init__(self, metadata: dict[str, Any]):
-        self.metadata = metadata
-        self.begun = self.last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.metadata["seconds"][name] = round(now - self.last, 3)
-        self.metadata["seconds"]["total"] = round(now - self.begun, 3)
-        self.last = now
-
-    def first_frame(self) -> None:
-        self.metadata.setdefault("first_frame_seconds", round(time.monotonic() - self.begun, 3))
-
-
-def _delivered(
-    final: Iterable[tuple[int, np.ndarray]], output_type: OutputType, clock: _Clock, stage: str
-) -> Iterator[Chunk]:
-    for start, frames in final:
-        if output_type == "uint8":
-            pixels = to_uint8(frames)
-        else:
-            pixels = ((frames + np.float32(1)) * np.float32(0.5)).clip(0, 1)
-        clock.first_frame()
-        yield Chunk(start, pixels)
-    clock.lap(stage)
+            low.close()
+        metadata["num_frames"] = count
 
 
 def _checked_frames(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -544,11 +454,3 @@ def _request(prompt: str | GenerationRequest, fields: dict[str, Any]) -> Generat
     if not fields:
         return prompt
     return GenerationRequest(**{**{name: getattr(prompt, name) for name in prompt.model_fields_set}, **fields})
-
-
-def _make_backend(checkpoint: Checkpoint, choice: Choice) -> TorchBackend:
-    if choice.backend == "triton":
-        from pylumiere.backends.triton import TritonBackend
-
-        return TritonBackend(checkpoint, choice)
-    return TorchBackend(checkpoint, choice)

@@ -31,6 +31,14 @@ class Cancelled(RuntimeError):
     """The work was cancelled before it ended."""
 
 
+class DeadlineExceeded(TimeoutError):
+    """A request that was not done in the time that it was given; what was computed for it is dropped."""
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than the engine was told to hold. Try again later."""
+
+
 class VideoError(ValueError):
     """A video or picture that cannot be read, or an output that cannot be written."""
 

@@ -1,4 +1,4 @@
-"""Bytes that a network call allocates at its peak, counted without running it.
+"""What an engine's memory goes to: bytes of a network call, of a request, of all that run; and the budget for them.
 
 The network is walked on the meta device, where tensors have shapes and no memory; every storage that an operation
 makes is counted until it is dropped. Weights and inputs are not counted. What a library allocates inside one operation
@@ -9,14 +9,18 @@ networks, resident memory grew by 1.2 to 1.9 times the count, and never by more 
 from __future__ import annotations
 
 import functools
+import os
+import re
 import weakref
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pylumiere.config import STUNetConfig
-from pylumiere.model import STUNet
+from pylumiere.errors import BudgetExceeded, InvalidRequest
 
 MARGIN_FACTOR, MARGIN_BYTES = 1.5, 32 * 2**20
 
@@ -25,6 +29,8 @@ MARGIN_FACTOR, MARGIN_BYTES = 1.5, 32 * 2**20
 def activation_bytes(config: STUNetConfig, batch: int, frames: int, height: int, width: int, dtype: torch.dtype,
                      text_tokens: int = 1) -> int:  # fmt: skip
     """Peak bytes of one call on a float32 sample [batch, frames, height, width, in_channels], margin included."""
+    from pylumiere.model import STUNet  # here, because a bundle's engines run without it
+
     with torch.device("meta"), torch.inference_mode():
         network = STUNet(config).to(dtype).eval()
         sample = torch.empty(batch, frames, height, width, config.in_channels)
@@ -34,6 +40,103 @@ def activation_bytes(config: STUNetConfig, batch: int, frames: int, height: int,
         with _LiveBytes() as live:
             network(sample, torch.empty(batch), text, mask, level)
     return int(live.peak * MARGIN_FACTOR) + MARGIN_BYTES
+
+
+# ---- what requests need, and what there is ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CallBytes:
+    """What network calls of one shape take, however many requests share them.
+
+    Attributes:
+        buffers: operands and results of a call.
+        activations: of all parts that are computed at once, at their peak.
+    """
+
+    buffers: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a request takes while it runs.
+
+    Attributes:
+        own: frame states, conditioning, frames that wait: of this request alone.
+        calls: by call shape; shared with other requests.
+    """
+
+    own: int
+    calls: Mapping[Hashable, CallBytes]
+
+
+class Budget:
+    """Bytes that an engine may take. Not for several threads at once.
+
+    Args:
+        limit: None is no limit.
+        fixed: taken whatever runs: weights, and on a CPU what the process held when the model had been loaded.
+    """
+
+    def __init__(self, limit: int | None, fixed: Mapping[str, int]):
+        self.limit, self.fixed = limit, dict(fixed)
+        self.warm: dict[Hashable, CallBytes] = {}  # call shapes whose buffers stay
+
+    def total(self, needs: Iterable[Need]) -> int:
+        """Bytes with these requests running: calls of one shape are made together, and lanes are shared by all."""
+        needs = list(needs)
+        calls = {**self.warm, **{shape: size for need in needs for shape, size in need.calls.items()}}
+        peak = max((size.activations for size in calls.values()), default=0)
+        return sum(self.fixed.values()) + sum(n.own for n in needs) + sum(c.buffers for c in calls.values()) + peak
+
+    def fits(self, running: Iterable[Need], need: Need) -> bool:
+        return self.limit is None or self.total([*running, need]) <= self.limit
+
+    def check(self, need: Need | None = None) -> None:
+        """Raises BudgetExceeded for what does not fit even alone."""
+        required = self.total([] if need is None else [need])
+        if self.limit is None or required <= self.limit:
+            return
+        parts = dict(self.fixed)
+        if need is not None:
+            parts["request"] = need.own
+            for shape, size in need.calls.items():
+                parts[getattr(shape, "stage", "calls")] = size.buffers + size.activations
+        text = ", ".join(f"{name} {count}" for name, count in parts.items())
+        raise BudgetExceeded(
+            f"memory_budget={self.limit} bytes: {required} are needed ({text}); "
+            "give more, or ask for a smaller size, fewer frames, or smaller windows"
+        )
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """A number of bytes, or a text like "4GiB", "512 MiB", "1.5GB".
+
+    Raises:
+        InvalidRequest: it is neither, or not positive.
+    """
+    if value is None:
+        return None
+    count = value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        count = 0
+        if match:
+            power = " KMGT".index(match[2].upper() or " ")
+            count = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
+        raise InvalidRequest(f'memory_budget={value!r} should be bytes, positive, a text like "4GiB", or None')
+    return count
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -6,32 +6,34 @@ A request becomes a plan (`plan_request`: every value concrete, checked against 
     base:  the whole clip in one window; guidance batches [with the prompt, without it]; J | C | M on 7 channels
     SSR:   overlapping windows; each frame of the base's clip, noised and upscaled once, stands beside the noisy frame
 
-Frames inside are float32 in -1..1. The generators here compute in the caller's thread when the next frames are asked
-for, so a slow consumer slows them and a consumer that leaves stops them.
+Frames inside are float32 in -1..1. A stage of a request is a `StageRun`: the engine's scheduler samples those of many
+requests together (`batching.py`, `scheduling.py`).
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pylumiere.backends.torch import TorchBackend
-from pylumiere.config import ModelConfig, StageConfig
+from pylumiere.config import ModelConfig, StageConfig, STUNetConfig
 from pylumiere.errors import InvalidRequest
-from pylumiere.memory import activation_bytes
-from pylumiere.request import GenerationRequest, Progress
+from pylumiere.request import GenerationRequest
 from pylumiere.samplers import SamplerTable, make_table
 from pylumiere.schedules import make_schedule
 from pylumiere.text import TextEncoder
-from pylumiere.windows import FrameBuffer, NonFiniteOutput, StepInfo, WindowPlan, frame_noise, memory_bytes, sample_clip
+from pylumiere.windows import FrameBuffer, WindowPlan, frame_noise
+
+if TYPE_CHECKING:
+    from pylumiere.backends.torch import TorchBackend
 
 # Stage numbers in the key of the noise; 2 is the noise on the SSR's low-resolution input.
 BASE, SSR, AUGMENTATION = 0, 1, 2
@@ -81,14 +83,6 @@ class Plan:
     ssr: StagePlan | None
     conditioning: Tensor
     initial: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """How a caller follows and stops a run: called between the network's calls, from the thread that computes."""
-
-    on_progress: Callable[[Progress], None] | None = None
-    should_stop: Callable[[], bool] | None = None
 
 
 def ssr_scale(config: ModelConfig) -> int:
@@ -206,6 +200,8 @@ def _given(request: GenerationRequest, num_frames: int, height: int, width: int)
     Image: frame 0. Image and mask: a cinemagraph, all of frame 0 and the rest outside the mask. Video and mask: outside
     the mask. Video alone conditions nothing; it is what `strength` starts from.
     """
+    if request.image is None and request.video is None:
+        return torch.zeros(1, 1, 1, 4).expand(num_frames, height, width, -1), None  # one value, whatever the size
     given = torch.zeros(num_frames, height, width, 3)
     keep = torch.zeros(num_frames, height, width, 1)
     outside = None
@@ -246,37 +242,75 @@ def _fit(frames: np.ndarray, height: int, width: int) -> Tensor:
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """The parts of a loaded model. Immutable; each call's state lives in the generators it returns.
+class Feed:
+    """Frames that another thread brings: an iterator that must only be advanced where `has` said so."""
+
+    def __init__(self):
+        self._frames: deque[np.ndarray] = deque()
+        self._arrived = 0
+        self._ended = False
+
+    def put(self, frame: np.ndarray) -> None:
+        self._frames.append(frame)
+        self._arrived += 1
+
+    def end(self) -> None:
+        self._ended = True
+
+    def has(self, num_frames: int) -> bool:
+        """Whether that many frames have arrived in all, or no more will."""
+        return self._ended or self._arrived >= num_frames
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._frames:
+            return self._frames.popleft()
+        if self._ended:
+            raise StopIteration
+        raise RuntimeError("a frame was asked for before it arrived")  # a fault of ours
+
+
+@dataclass
+class StageRun:
+    """One clip's way through one stage: what a network call needs of it beside the noisy frames.
 
     Attributes:
-        capacity: windows of one SSR call.
-        fixed_batch: every call has exactly that many rows, so that a row's bits do not depend on its neighbours.
+        stage, seed: as planned.
+        text: rows [G, L, D] and mask [G, L]; None for a network without text.
+        given: (window, frames [L]) -> [L, h, w, C], the channels that stand beside the noisy ones.
+        initial: the clip to start from, see `windows.sample_clip`.
+        noise_level: for a network that takes one.
+        source: conditioning frames that are made as they are needed; None where all are there.
+        feed: what `source` reads, where that arrives from outside.
+        length: frames of the clip; None while that is not known.
     """
+
+    stage: StagePlan
+    seed: int
+    text: tuple[Tensor, Tensor] | None
+    given: Callable[[int, np.ndarray], Tensor]
+    initial: np.ndarray | None = None
+    noise_level: float = 0.0
+    source: FrameBuffer | None = None
+    feed: Feed | None = None
+    length: int | None = field(init=False)
+
+    def __post_init__(self):
+        self.length = self.stage.windows.num_frames
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The parts of a loaded model, and what a stage needs of them. Immutable."""
 
     config: ModelConfig
     backend: TorchBackend
     encoder: TextEncoder
-    capacity: int = 1
-    fixed_batch: bool = True
 
-    def stage_bytes(self, stage: StagePlan) -> int:
-        """Bytes that a stage needs while it runs, beside the weights: activations, frame states, conditioning."""
-        network = (self.config.base if stage.name == "base" else self.config.ssr).network
-        rows = (2 if stage.is_guided else 1) * (1 if stage.name == "base" else self.capacity)
-        frames, steps = stage.windows.call_frames, len(stage.table.timesteps)
-        call = 4 * rows * frames * stage.height * stage.width * (network.in_channels + 3 + 3)  # sample, x, prediction
-        slots, _ = stage.windows.buffer_sizes(steps, self.capacity)
-        given = 4 * (slots + frames) * stage.height * stage.width * 4
-        states = memory_bytes(
-            stage.windows, frame_shape=(stage.height, stage.width, 3), steps=steps, capacity=self.capacity,
-            num_outputs=2 if stage.is_guided else 1, multistep=stage.table.uses_previous,
-        )  # fmt: skip
-        activations = activation_bytes(
-            network, rows, frames, stage.height, stage.width, self.backend.dtype, self.config.text_tokens
-        )
-        return call + given + states + activations
+    def network(self, stage: str) -> STUNetConfig:
+        return (self.config.base if stage == "base" else self.config.ssr).network
 
     def embed(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Text rows [G, L, D] and mask [G, L] on the device: the prompt, and for guidance what to lead away from."""
@@ -286,36 +320,42 @@ class Pipeline:
         embeddings, mask = self.encoder.encode(prompts)
         return embeddings.to(self.backend.device), mask.to(self.backend.device)
 
-    def base(self, plan: Plan, text: tuple[Tensor, Tensor], hooks: Hooks = Hooks()) -> np.ndarray:
-        """The base clip, float32 [T, h, w, 3]."""
-        stage = plan.base
-        call = _Call(self, stage, 1, text, plan.conditioning[None])
-        pieces = _sample(stage, call, plan.seed, 1, True, hooks, initial=plan.initial)
-        return np.concatenate([frames for _, frames in pieces])
+    def base(self, plan: Plan, text: tuple[Tensor, Tensor]) -> StageRun:
+        """The base stage of a request."""
+        conditioning = plan.conditioning
+        return StageRun(
+            plan.base, plan.seed, text, lambda window, frames: conditioning[torch.from_numpy(frames)], plan.initial
+        )
 
     def ssr(
         self,
         stage: StagePlan,
         low: Iterable[np.ndarray],
         seed: int,
-        hooks: Hooks = Hooks(),
         text: tuple[Tensor, Tensor] | None = None,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Final frames, in order, as (first index, float32 [n, H, W, 3]).
+    ) -> StageRun:
+        """The super-resolution stage.
 
         Args:
             stage: from `plan_ssr`.
             low: low-resolution frames [h, w, 3] float32, read as they are needed; h, w are the stage's over the scale.
+                A Feed says when they are there.
             seed: of the clip.
             text: for an SSR with text; see `embed`.
+
+        Raises:
+            InvalidRequest: guidance for a network without text.
         """
-        level = self.config.augmentation
-        num_frames = stage.windows.num_frames
-        source = FrameBuffer(_upscaled(low, num_frames, stage.height, stage.width, seed, level))
-        if not self.config.ssr.network.text_dim:
+        network, level = self.config.ssr.network, self.config.augmentation
+        if not network.text_dim:
             text = None
-        call = _Call(self, stage, self.capacity, text, source, level)
-        return _sample(stage, call, seed, self.capacity, self.fixed_batch, hooks, source=source)
+        if stage.is_guided and text is None:
+            raise InvalidRequest(f"guidance_scale={stage.guidance_scale}: the ssr network takes no text; use 1")
+        source = FrameBuffer(_upscaled(low, stage.windows.num_frames, stage.height, stage.width, seed, level))
+        return StageRun(
+            stage, seed, text, lambda window, frames: torch.from_numpy(source.gather(frames)), noise_level=level,
+            source=source, feed=low if isinstance(low, Feed) else None,
+        )  # fmt: skip
 
 
 def _upscaled(
@@ -331,92 +371,3 @@ def _upscaled(
         yield large[0].permute(1, 2, 0).contiguous().numpy()
     if num_frames is not None and index + 1 < num_frames:
         raise InvalidRequest(f"the input ended after {index + 1} of {num_frames} frames")
-
-
-class _Call:
-    """One stage's network call, as `sample_clip` wants it: noisy frames in, predictions out.
-
-    Args:
-        rows: most windows of a call.
-        text: rows [G, L, D] and mask; None for a network without text.
-        given: what stands beside the noisy channels: a tensor [1, L, h, w, C], or a FrameBuffer of [H, W, C].
-        noise_level: for a network that takes one.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        stage: StagePlan,
-        rows: int,
-        text: tuple[Tensor, Tensor] | None,
-        given: Tensor | FrameBuffer,
-        noise_level: float = 0.0,
-    ):
-        self.stage, self.backend = stage, pipeline.backend
-        self.groups = 2 if stage.is_guided else 1
-        stage_config = pipeline.config.base if stage.name == "base" else pipeline.config.ssr
-        network = stage_config.network
-        if self.groups == 2 and text is None:
-            raise InvalidRequest(
-                f"guidance_scale={stage.guidance_scale}: the {stage.name} network takes no text; use 1"
-            )
-        self.text = self.text_mask = None
-        if network.text_dim:
-            # [G, L, D] -> [G * rows, L, D], group by group.
-            self.text, self.text_mask = (t[: self.groups].repeat_interleave(rows, 0) for t in text)
-        device = self.backend.device
-        self.noise_level = (
-            torch.full((self.groups * rows,), noise_level, device=device) if network.noise_level else None
-        )
-        shape = (self.groups, rows, stage.windows.call_frames, stage.height, stage.width, network.in_channels)
-        self.sample = torch.zeros(shape, device=device)
-        self.source = given if isinstance(given, FrameBuffer) else None
-        if self.source is None:
-            self.sample[..., 3:] = given.to(device)
-
-    def __call__(self, x: np.ndarray, timesteps: np.ndarray, windows: np.ndarray, frames: np.ndarray) -> Tensor:
-        rows = len(x)
-        sample = self.sample[:, :rows]
-        sample[..., :3] = torch.from_numpy(x).to(sample.device)
-        if self.source is not None:
-            sample[..., 3:] = torch.from_numpy(self.source.gather(frames)).to(sample.device)
-        batch = self.groups * rows
-        steps = torch.from_numpy(np.tile(timesteps, self.groups)).to(sample.device)
-        out = self.backend.predict(
-            self.stage.name, sample.reshape(batch, *sample.shape[2:]), steps, self._rows(self.text, rows),
-            self._rows(self.text_mask, rows), self._rows(self.noise_level, rows),
-        )  # fmt: skip
-        return out.view(self.groups, rows, *out.shape[1:]).cpu()
-
-    def _rows(self, tensor: Tensor | None, rows: int) -> Tensor | None:
-        return None if tensor is None else tensor.unflatten(0, (self.groups, -1))[:, :rows].flatten(0, 1)
-
-
-def _sample(
-    stage: StagePlan, call: _Call, seed: int, capacity: int, fixed_batch: bool, hooks: Hooks, **start
-) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    begun = time.monotonic()
-    steps = len(stage.table.timesteps)
-
-    def report(info: StepInfo) -> None:
-        if info.num_tasks is None:
-            progress = Progress(stage.name, info.tasks_done, None, info.frames_final, None, None)
-        else:
-            left = (time.monotonic() - begun) / info.tasks_done * (info.num_tasks - info.tasks_done)
-            done = info.tasks_done * steps // info.num_tasks
-            progress = Progress(stage.name, done, steps, info.frames_final, info.num_frames, left)
-        hooks.on_progress(progress)
-
-    try:
-        yield from sample_clip(
-            call, num_frames=stage.windows.num_frames, frame_shape=(stage.height, stage.width, 3), table=stage.table,
-            plan=stage.windows, seed=seed, stage=stage.number, guidance_scale=stage.guidance_scale,
-            guidance_rescale=stage.guidance_rescale, clip=1.0, threshold=stage.threshold or None, capacity=capacity,
-            fixed_batch=fixed_batch, on_step=report if hooks.on_progress else None,
-            should_stop=hooks.should_stop, num_threads=call.backend.num_threads, **start,
-        )  # fmt: skip
-    except NonFiniteOutput as error:
-        text = (
-            f"the {stage.name} network gave NaN or infinity at step {error.step + 1} of {steps}, window {error.window}"
-        )
-        raise NonFiniteOutput(text, error.clip, error.stage, error.step, error.window) from None

@@ -20,12 +20,23 @@ from pylumiere.backends.choice import bf16_units, choose
 from pylumiere.config import model_preset
 from pylumiere.engine import Engine
 from pylumiere.errors import BudgetExceeded, BundleError, Cancelled, InvalidRequest, UnsupportedDevice
+from pylumiere.memory import resident_bytes
 from pylumiere.request import GenerationRequest
 from pylumiere.testing import write_random_model
 from pylumiere.windows import NonFiniteOutput
 
 CONFIG = model_preset("tiny")
-TASKS = 4 + 3 * 2  # network calls of one default clip: base steps, then windows (at 0, 3 and 4) x SSR steps
+BASE_ROWS = 4 * 2  # rows of a default clip that the networks compute: base steps, with the prompt and without
+TASKS = BASE_ROWS + 3 * 2  # and windows (at 0, 3 and 4) x SSR steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """Two lanes, also where the environment allows one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +56,19 @@ def video(engine):
 
 
 class Calls:
-    """Stands between an engine and its backend: counts the network's calls, and acts at one of them."""
+    """Stands between an engine and its backend: counts the rows that are computed, and acts at one of them."""
 
     def __init__(self, engine, monkeypatch):
-        self.count, self.actions = 0, {}
+        self.count, self.actions, self.lock = 0, {}, threading.Lock()
         self.inner = engine._backend.predict
         monkeypatch.setattr(engine._backend, "predict", self.predict)
 
     def predict(self, *args, **kwargs):
-        self.count += 1
+        with self.lock:
+            self.count += len(args[1])
+            count = self.count
         out = self.inner(*args, **kwargs)
-        action = self.actions.get(self.count)
+        action = self.actions.get(count)
         return out if action is None else action(out)
 
 
@@ -65,7 +78,7 @@ def calls(engine, monkeypatch):
 
 
 def no_threads_left():
-    return not [t for t in threading.enumerate() if t.name == "pylumiere-producer"]
+    return not [t for t in threading.enumerate() if t.name.startswith("pylumiere-producer")]
 
 
 # ---- generate and stream --------------------------------------------------------------------------------------------
@@ -131,9 +144,12 @@ def test_frames_come_before_the_work_is_done(engine, calls):
     stream = engine.stream("a red circle", seed=7)
     assert calls.count == 0, "nothing runs before frames are asked for"
     chunk = next(stream)
-    assert chunk.start == 0 and 4 < calls.count < TASKS
+    assert chunk.start == 0 and calls.count > BASE_ROWS
+    time.sleep(0.2)
+    assert calls.count < TASKS, "the work waits for its reader"
     stream.close()
     done = calls.count
+    time.sleep(0.05)
     assert list(stream) == [] and calls.count == done
 
 
@@ -141,18 +157,20 @@ def test_leaving_a_stream_stops_it(engine, calls):
     with engine.stream("a red circle", seed=7) as stream:
         for _ in stream:
             break
+    time.sleep(0.1)
     done = calls.count
     assert done < TASKS
-    time.sleep(0.05)
+    time.sleep(0.1)
     assert calls.count == done and no_threads_left()
 
 
 def test_callback_sees_every_call_in_this_thread(engine):
     seen = []
     engine.generate("x", seed=1, callback_on_step_end=lambda p: seen.append((p, threading.get_ident())))
-    assert len(seen) == TASKS and {ident for _, ident in seen} == {threading.get_ident()}
+    assert {ident for _, ident in seen} == {threading.get_ident()}
     progress = [p for p, _ in seen]
-    assert [p.stage for p in progress] == ["base"] * 4 + ["ssr"] * 6
+    assert [p.stage for p in progress[:4]] == ["base"] * 4 and {p.stage for p in progress[4:]} == {"ssr"}
+    assert 3 <= len(progress[4:]) <= 6, "windows may share a call"
     assert [p.step for p in progress[:4]] == [1, 2, 3, 4] and progress[0].steps == 4
     assert progress[-1].frames_final == progress[-1].num_frames == 8
 
@@ -165,19 +183,19 @@ def test_what_a_callback_raises_ends_the_work(engine, calls, error):
 
     with pytest.raises(error):
         engine.generate("x", callback_on_step_end=callback)
-    assert calls.count == 5
+    assert BASE_ROWS < calls.count <= BASE_ROWS + 2, "nothing goes on while the callback runs"
 
 
 def test_nan_names_stage_step_and_window(engine, calls):
-    calls.actions[2] = lambda out: torch.full_like(out, float("nan"))
+    calls.actions[3] = lambda out: torch.full_like(out, float("nan"))
     with pytest.raises(NonFiniteOutput, match="the base network gave NaN or infinity at step 2 of 4, window 0"):
         engine.generate("x", seed=1)
 
 
 def test_nan_in_the_ssr_leaves_delivered_frames_delivered(engine, video, calls):
-    calls.actions[TASKS] = lambda out: torch.where(torch.arange(4).view(1, 4, 1, 1, 1) == 2, float("inf"), out)
+    calls.actions[TASKS - 1] = lambda out: torch.where(torch.arange(4).view(1, 4, 1, 1, 1) == 2, float("inf"), out)
     delivered = []
-    with pytest.raises(NonFiniteOutput, match="the ssr network gave NaN or infinity at step 2 of 2, window 2"):
+    with pytest.raises(NonFiniteOutput, match=r"the ssr network gave NaN or infinity at step 2 of 2, window [12]"):
         for chunk in engine.stream("a red circle", seed=7):
             delivered.append(chunk.frames)
     frames = np.concatenate(delivered)
@@ -201,21 +219,23 @@ class Gate:
 
 
 def test_job_cancel_stops_within_one_call(engine, calls):
-    gate = Gate(calls, 3)
+    gate = Gate(calls, 5)
     job = engine.submit("a red circle", seed=7)
-    assert gate.reached.wait(30) and not job.done
+    assert gate.reached.wait(30) and not job.done and job.status == "running"
     assert job.progress.stage == "base" and job.progress.step == 2
     assert job.cancel()
+    with pytest.raises(Cancelled, match="after 0 final frames"):
+        job.result(0)
     gate.opened.set()
-    with pytest.raises(Cancelled):
-        job.result(30)
-    assert calls.count == 3 and job.done and not job.cancel()
+    engine.generate("b", seed=1, num_frames=2)
+    assert calls.count == 6 + 4 * 2 + 2 and job.done and job.status == "cancelled" and not job.cancel()
 
 
 def test_job_that_waits_is_cancelled_at_once(engine, calls):
     gate = Gate(calls, 1)
-    running, waiting = engine.submit("a", seed=1), engine.submit("b", seed=2)
+    running = engine.submit("a", seed=1)
     assert gate.reached.wait(30)
+    waiting = engine.submit("b", seed=2)
     assert waiting.cancel() and waiting.done and waiting.progress is None
     with pytest.raises(Cancelled, match="before it started"):
         waiting.result(0)
@@ -276,7 +296,7 @@ def test_closing_an_engine_cancels_its_jobs(folder, monkeypatch):
     for job in jobs:
         with pytest.raises(Cancelled):
             job.result(0)
-    assert calls.count == 1
+    assert calls.count <= 2
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit("c")
 
@@ -421,7 +441,8 @@ def test_info_is_json_and_says_why(folder):
             {"backend": "triton", "device": "cpu"},
             "backend 'triton' cannot run: it needs an NVIDIA GPU; use backend='torch'",
         ),
-        ({"backend": "tensorrt"}, "backend 'tensorrt' is not part of this version; allowed: auto, torch, triton"),
+        ({"backend": "tensorrt"}, "backend 'tensorrt' cannot run a model folder, only a bundle"),
+        ({"backend": "jax"}, "backend 'jax' is not part of this version; allowed: auto, torch, triton"),
         (
             {"precision": "fp16", "device": "cpu"},
             "precision 'fp16' cannot run on the CPU; use precision='bf16' or 'fp32'",
@@ -452,14 +473,16 @@ def test_sources_that_are_no_model(tmp_path):
 
 
 def test_budget(folder):
-    with pytest.raises(BudgetExceeded, match=r"memory_budget=1000 bytes: \d+ are needed \(weights \d+\)"):
+    with pytest.raises(BudgetExceeded, match=r"memory_budget=1000 bytes: \d+ are needed \(weights \d+, process \d+\)"):
         Engine.load(folder, memory_budget=1000)
-    engine = Engine.load(folder, precision="fp32", memory_budget=40 * 2**20)
+    engine = Engine.load(folder, precision="fp32", memory_budget=resident_bytes() + 80 * 2**20)
     engine.generate("x", num_frames=2)
-    with pytest.raises(BudgetExceeded, match=r"are needed \(weights \d+, base \d+, ssr \d+\)"):
+    with pytest.raises(BudgetExceeded, match=r"weights \d+, process \d+, request \d+, base \d+, ssr \d+"):
         engine.stream("x", height=128, width=128)
     with pytest.raises(BudgetExceeded, match="ssr"):
+        engine.submit("x", height=128, width=128)
+    with pytest.raises(BudgetExceeded, match="ssr"):
         engine.upscale(np.zeros((4, 200, 200, 3), np.uint8)).collect()
-    for wrong in (0, -5, True):
+    for wrong in (0, -5, True, "4 apples", "0"):
         with pytest.raises(InvalidRequest, match="memory_budget="):
             Engine.load(folder, memory_budget=wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -13,11 +12,13 @@ from pylumiere.kernels.denoise_step import frame_noise
 
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
+from pylumiere.batching import Bucket
 from pylumiere.checkpoint import build_network, load_checkpoint
 from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig, model_preset
 from pylumiere.errors import InvalidRequest
-from pylumiere.pipeline import Hooks, Pipeline, plan_request, plan_ssr
+from pylumiere.pipeline import Pipeline, plan_request, plan_ssr
 from pylumiere.request import GenerationRequest
+from pylumiere.scheduling import call_shape
 from pylumiere.testing import rel_rms, write_random_model
 from pylumiere.text import HashEncoder
 
@@ -30,9 +31,32 @@ def checkpoint(tmp_path_factory):
     return load_checkpoint(write_random_model(tmp_path_factory.mktemp("model"), CONFIG))
 
 
-def make_pipeline(checkpoint, **options):
+def make_pipeline(checkpoint):
     backend = TorchBackend(checkpoint, choose("torch", "cpu", "fp32"))
-    return Pipeline(checkpoint.config, backend, HashEncoder(CONFIG.text_tokens, BASE.text_dim), **options)
+    return Pipeline(checkpoint.config, backend, HashEncoder(CONFIG.text_tokens, BASE.text_dim))
+
+
+def pieces_of(pipeline, run, capacity=1):
+    """Final frames of one stage, from a bucket that nobody shares."""
+    network = pipeline.network(run.stage.name)
+    bucket = Bucket(
+        pipeline.backend, network, pipeline.config.text_tokens, call_shape(run.stage), capacity=capacity,
+        fixed_batch=True,
+    )  # fmt: skip
+    handle, pieces = bucket.add(run), []
+    while not bucket.sampler.is_finished(handle):
+        bucket.extend(handle)
+        call = bucket.begin()
+        bucket.fill()
+        bucket.compute(slice(0, call.rows), None)
+        assert bucket.complete() == []
+        final = bucket.sampler.take_final(handle)
+        pieces += [] if final is None else [final]
+    return pieces
+
+
+def clip_of(pipeline, run, capacity=1):
+    return np.concatenate([frames for _, frames in pieces_of(pipeline, run, capacity)])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +100,7 @@ def test_a_drawn_seed_is_reported_and_differs():
         ({"video": np.zeros((7, 4, 4, 3), np.uint8), "strength": 0.5}, "num_frames=7: this model makes"),
         ({"video": np.zeros((8, 4, 4, 3), np.uint8), "strength": 0.5, "num_frames": 6}, "num_frames=6: video has 8"),
         (
-            {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.zeros((6, 4, 4), bool)},
+            {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.eye(4, dtype=bool)[None].repeat(6, 0)},
             "num_frames=8: mask has 6 frames",
         ),
     ],
@@ -228,7 +252,7 @@ def ssr_oracle(checkpoint, stage, low, seed):
 @torch.inference_mode()
 def test_base_equals_a_plain_loop(checkpoint, pipeline, fields):
     plan = plan_of(seed=2**64 - 3, **fields)
-    result = pipeline.base(plan, pipeline.embed(plan))
+    result = clip_of(pipeline, pipeline.base(plan, pipeline.embed(plan)))
     if plan.height == 32:
         expected = base_oracle(checkpoint, plan, pipeline.encoder)
         assert rel_rms(torch.as_tensor(result), expected) < 2e-4
@@ -254,7 +278,7 @@ def test_ssr_equals_a_plain_loop_over_windows(checkpoint, num_frames, window, ov
     pipeline = make_pipeline(dataclasses.replace(checkpoint, config=config))
     low = np.random.default_rng(1).uniform(-1, 1, (num_frames, 8, 8, 3)).astype(np.float32)
     stage = plan_ssr(config, 16, 16, num_frames=num_frames, window=window, overlap=overlap, num_inference_steps=steps)
-    pieces = list(pipeline.ssr(stage, low, seed=2**63 + 5))
+    pieces = pieces_of(pipeline, pipeline.ssr(stage, low, seed=2**63 + 5))
     starts = [start for start, _ in pieces]
     assert starts == np.cumsum([0] + [len(frames) for _, frames in pieces[:-1]]).tolist()
     result = np.concatenate([frames for _, frames in pieces])
@@ -264,11 +288,11 @@ def test_ssr_equals_a_plain_loop_over_windows(checkpoint, num_frames, window, ov
 def test_ssr_bits_depend_neither_on_capacity_nor_on_how_the_length_is_known(checkpoint):
     """One fixed shape per capacity; rows at any place. The capacity itself changes the shape, so it is not compared."""
     low = np.random.default_rng(2).uniform(-1, 1, (11, 8, 8, 3)).astype(np.float32)
-    pipeline = make_pipeline(checkpoint, capacity=3)
+    pipeline = make_pipeline(checkpoint)
     results = []
     for num_frames in (11, None):
         stage = plan_ssr(CONFIG, 16, 16, num_frames=num_frames)
-        results.append(np.concatenate([frames for _, frames in pipeline.ssr(stage, iter(low), seed=3)]))
+        results.append(clip_of(pipeline, pipeline.ssr(stage, iter(low), seed=3), capacity=3))
     np.testing.assert_array_equal(*results)
 
 
@@ -306,7 +330,7 @@ def test_order_of_channels_and_of_guidance(checkpoint, pipeline):
     backend = Counting(pipeline.backend, "predict")
     watched = dataclasses.replace(pipeline, backend=backend)
     plan = plan_of(seed=1, image=CLIP[0], num_inference_steps=1)
-    watched.base(plan, watched.embed(plan))
+    clip_of(watched, watched.base(plan, watched.embed(plan)))
     (((stage, sample, times, text, mask, level), _),) = backend.calls
     assert stage == "base" and level is None and sample.shape == (2, 8, 16, 16, 7)
     first = frame_noise(1, 0, -1, list(range(8)), 16 * 16 * 3).view(8, 16, 16, 3) * plan.base.table.init_sigma
@@ -322,7 +346,7 @@ def test_without_guidance_the_network_is_called_with_one_row(pipeline):
     backend = Counting(pipeline.backend, "predict")
     watched = dataclasses.replace(pipeline, backend=backend)
     plan = plan_of(guidance_scale=1.0)
-    watched.base(plan, watched.embed(plan))
+    clip_of(watched, watched.base(plan, watched.embed(plan)))
     assert [len(args[1]) for args, _ in backend.calls] == [1] * 4
 
 
@@ -331,7 +355,7 @@ def test_guided_ssr_without_text_is_refused(checkpoint):
     config = dataclasses.replace(CONFIG, ssr=dataclasses.replace(CONFIG.ssr, sampling=sampling))
     pipeline = make_pipeline(dataclasses.replace(checkpoint, config=config))
     with pytest.raises(InvalidRequest, match="guidance_scale=3.0: the ssr network takes no text"):
-        list(pipeline.ssr(plan_ssr(config, 16, 16, num_frames=4), np.zeros((4, 8, 8, 3), np.float32), 0))
+        pipeline.ssr(plan_ssr(config, 16, 16, num_frames=4), np.zeros((4, 8, 8, 3), np.float32), 0)
 
 
 def test_flow_model_takes_euler(tmp_path):
@@ -340,18 +364,4 @@ def test_flow_model_takes_euler(tmp_path):
     pipeline = make_pipeline(load_checkpoint(write_random_model(tmp_path, config)))
     plan = plan_request(GenerationRequest(prompt="x", seed=1), config)
     assert plan.ssr is None and (plan.height, plan.width) == (16, 16)
-    assert np.isfinite(pipeline.base(plan, pipeline.embed(plan))).all()
-
-
-def test_progress_counts_whole_steps(pipeline):
-    seen = []
-    stage = plan_ssr(CONFIG, 16, 16, num_frames=10)  # windows at 0, 3, 6
-    list(pipeline.ssr(stage, np.zeros((10, 8, 8, 3), np.float32), 0, Hooks(on_progress=seen.append)))
-    assert len(seen) == 3 * 2 and seen[-1].step == seen[-1].steps == 2
-    assert [p.step for p in seen] == [0, 0, 1, 1, 1, 2]
-    assert seen[-1].frames_final == seen[-1].num_frames == 10 and seen[-1].seconds_left == 0
-    assert all(a.frames_final <= b.frames_final for a, b in itertools.pairwise(seen))
-    unknown = []
-    stage = plan_ssr(CONFIG, 16, 16, num_frames=None)
-    list(pipeline.ssr(stage, iter(np.zeros((10, 8, 8, 3), np.float32)), 0, Hooks(on_progress=unknown.append)))
-    assert unknown[0].steps is None and unknown[0].step == 1 and unknown[0].seconds_left is None
+    assert np.isfinite(clip_of(pipeline, pipeline.base(plan, pipeline.embed(plan)))).all()

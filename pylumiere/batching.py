@@ -1,0 +1,278 @@
+"""Network calls that several clips share, and the threads that compute them.
+
+A bucket holds all clips whose calls have one shape: stage, frames, size, guidance. Its `BatchSampler` hands out tasks
+(window, step) of those clips in turn; a task brings its own timestep, text and conditioning, so tasks of different
+requests and steps stand beside each other.
+
+Lanes are threads that compute parts of a call. On a CPU every row is a part of its own: two rows on two cores are
+computed 1.3 to 2 times as fast side by side, one thread each, as one after the other with two threads each (demo
+networks, Zen 5). It also means that every network call has one row, whatever the row was batched with.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pylumiere.config import STUNetConfig
+from pylumiere.errors import InvalidRequest
+from pylumiere.pipeline import StageRun
+from pylumiere.windows import Batch, BatchSampler, NonFiniteOutput
+
+if TYPE_CHECKING:
+    from pylumiere.backends.torch import TorchBackend
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What network calls must have in common to be made together."""
+
+    stage: str
+    frames: int
+    height: int
+    width: int
+    guided: bool
+    owner: int = 0  # of a clip that shares with nobody, because its input may be late; 0: shared
+
+
+class Bucket:
+    """The clips of one call shape, their buffers and the call that is being computed. For one thread.
+
+    Args:
+        network, text_tokens: what the calls are made of.
+        capacity: windows of a call.
+        fixed_batch: every call has exactly that many; missing ones repeat the first.
+    """
+
+    def __init__(self, backend: TorchBackend, network: STUNetConfig, text_tokens: int, shape: CallShape, *,
+                 capacity: int, fixed_batch: bool):  # fmt: skip
+        self.shape, self.backend = shape, backend
+        self.groups = 2 if shape.guided else 1
+        frame = (shape.height, shape.width, 3)
+        values = shape.frames * shape.height * shape.width * 3
+        self.sampler = BatchSampler(
+            frame_shape=frame, call_frames=shape.frames, guided=shape.guided, capacity=capacity,
+            fixed_batch=fixed_batch, num_threads=backend.num_threads if values > 2**21 else 1,
+        )  # fmt: skip
+        rows, device = self.groups * capacity, backend.device
+        self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
+        self._out = torch.zeros(rows, shape.frames, *frame)
+        self._text = self._mask = self._level = None
+        if network.text_dim:
+            self._text = torch.zeros(rows, text_tokens, network.text_dim, device=device)
+            self._mask = torch.zeros(rows, text_tokens, dtype=torch.bool, device=device)
+        if network.noise_level:
+            self._level = torch.zeros(rows, device=device)
+        self.runs: dict[int, StageRun] = {}
+        self.call: Call | None = None
+        self.service = 0.0  # seconds of a lane that each clip here has had
+
+    def add(self, run: StageRun) -> int:
+        """Adds a clip between two batches or while one is computed; returns its handle."""
+        stage = run.stage
+        handle = self.sampler.add_clip(
+            stage.windows, stage.table, seed=run.seed, stage=stage.number, guidance_scale=stage.guidance_scale,
+            clip=1.0, threshold=stage.threshold or None, guidance_rescale=stage.guidance_rescale, initial=run.initial,
+        )  # fmt: skip
+        self.runs[handle] = run
+        return handle
+
+    def remove(self, handle: int) -> None:
+        """Drops a clip at any time. What the current call computes for it is ignored."""
+        self.sampler.remove_clip(handle)
+        del self.runs[handle]
+
+    def extend(self, handle: int) -> int:
+        """Tells the sampler how much input there is. Returns how many frames must arrive before the clip can go on.
+
+        Raises:
+            InvalidRequest: the input ended without a frame.
+        """
+        run = self.runs[handle]
+        if run.source is None:
+            return 0
+        while run.length is None and (wanted := self.sampler.frames_wanted(handle)) > 0:
+            if run.feed is not None and not run.feed.has(wanted):
+                return wanted
+            available, ended = run.source.require(wanted)
+            if ended and available == 0:
+                raise InvalidRequest("the input holds no frames")
+            self.sampler.extend(handle, available, ended)
+            run.length = available if ended else None
+        run.source.release(self.sampler.first_needed(handle))
+        return 0
+
+    def begin(self) -> Call | None:
+        """The next call, to be filled; None when no clip can go on."""
+        batch = self.sampler.next_batch()
+        if batch is None:
+            return None
+        self.call = Call(self, batch)
+        return self.call
+
+    def frames_missing(self) -> int:
+        """How many frames must have arrived before the current call can be filled; 0: it can."""
+        batch = self.call.batch
+        for row in range(batch.num_tasks):
+            run = self.runs.get(int(batch.clips[row]))
+            needed = int(batch.frames[row].max()) + 1
+            if run is not None and run.feed is not None and not run.feed.has(needed):
+                return needed
+        return 0
+
+    def fill(self) -> None:
+        """Puts the current call's operands in place.
+
+        Raises:
+            InvalidRequest: an input that ended too early.
+        """
+        batch, rows = self.call.batch, len(self.call.batch.x)
+        sample = self._rows(self._sample, rows)
+        sample[..., :3] = torch.from_numpy(batch.x).to(sample.device)
+        for row in range(rows):
+            source = row if row < batch.num_tasks else 0  # the others repeat the first
+            run = self.runs.get(int(batch.clips[source]))
+            if run is None:
+                continue  # removed meanwhile; the row is computed and ignored
+            frames = batch.frames[source]
+            if run.source is not None:
+                available, _ = run.source.require(int(frames.max()) + 1)
+                if available <= int(frames.max()):
+                    raise InvalidRequest(f"the input ended after {available} of {run.length} frames")
+            sample[:, row, ..., 3:] = run.given(int(batch.windows[source]), frames).to(sample.device)
+            if self._text is not None:
+                text, mask = run.text
+                self._rows(self._text, rows)[:, row] = text[: self.groups]
+                self._rows(self._mask, rows)[:, row] = mask[: self.groups]
+            if self._level is not None:
+                self._rows(self._level, rows)[:, row] = run.noise_level
+        self.call.times = torch.from_numpy(np.tile(batch.timesteps, self.groups)).to(sample.device)
+
+    def compute(self, rows: slice, num_threads: int | None) -> None:
+        """Computes some rows of the current call. From any thread, several at once."""
+        part = [None if t is None else t[rows] for t in (self._text, self._mask, self._level)]
+        out = self.backend.predict(
+            self.shape.stage, self._sample[rows], self.call.times[rows], *part, num_threads=num_threads
+        )
+        self._out[rows].copy_(out)
+
+    def complete(self) -> list[tuple[int, BaseException]]:
+        """Takes the current call's result. Clips whose result is not finite, or failed, are removed and returned."""
+        call, failed = self.call, []
+        for row, error in call.errors.items():
+            clip = int(call.batch.clips[row % len(call.batch.x)])
+            if clip in self.runs:
+                self.remove(clip)
+                failed.append((clip, error))
+        while True:
+            try:
+                self.sampler.complete(self._rows(self._out, len(call.batch.x)))
+                break
+            except NonFiniteOutput as error:
+                failed.append((error.clip, self._named(error)))
+                self.remove(error.clip)
+        self.call = None
+        return failed
+
+    def _rows(self, tensor: Tensor, rows: int) -> Tensor:
+        """The first rows of a buffer as [groups, rows, ...], contiguous."""
+        return tensor[: self.groups * rows].view(self.groups, rows, *tensor.shape[1:])
+
+    def _named(self, error: NonFiniteOutput) -> NonFiniteOutput:
+        steps = len(self.runs[error.clip].stage.table.timesteps)
+        text = (
+            f"the {self.shape.stage} network gave NaN or infinity at step {error.step + 1} of {steps}, "
+            f"window {error.window}"
+        )
+        return NonFiniteOutput(text, error.clip, error.stage, error.step, error.window)
+
+
+@dataclass
+class Call:
+    """One network call of a bucket, in parts.
+
+    Attributes:
+        is_sent: its parts are with the lanes; until then its input may be missing.
+        missing: parts that are not computed yet.
+        errors: what a row's computation raised, by row.
+        seconds: of a lane, summed over the parts.
+    """
+
+    bucket: Bucket
+    batch: Batch
+    times: Tensor | None = None
+    is_sent: bool = False
+    missing: int = 0
+    errors: dict[int, BaseException] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return self.bucket.groups * len(self.batch.x)
+
+
+class Lanes:
+    """Threads that compute parts of calls. They start with the first call and hold nothing while they wait.
+
+    Args:
+        count: parts that are computed at once.
+        num_threads: of one part; None where the device decides.
+        part_rows: rows of one part; None for the whole call.
+        done: called with a call after each of its parts, from a lane.
+    """
+
+    def __init__(self, count: int, num_threads: int | None, part_rows: int | None, done: Callable[[Call, float], None]):
+        self.count, self.num_threads, self.part_rows = count, num_threads, part_rows
+        self._done = done
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def put(self, call: Call) -> int:
+        """Queues a call's parts; returns how many."""
+        if not self._threads:
+            self._start()
+        step = self.part_rows or call.rows
+        parts = [slice(first, min(first + step, call.rows)) for first in range(0, call.rows, step)]
+        call.missing, call.is_sent = len(parts), True
+        for part in parts:
+            self._queue.put((call, part))
+        return len(parts)
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _start(self) -> None:
+        for index in range(self.count):
+            thread = threading.Thread(target=self._work, name=f"pylumiere-lane-{index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while self._compute_next():
+            pass
+
+    def _compute_next(self) -> bool:
+        """A function of its own: while the thread waits, none of its variables holds a call."""
+        item = self._queue.get()
+        if item is None:
+            return False
+        call, rows = item
+        begun = time.perf_counter()
+        try:
+            call.bucket.compute(rows, self.num_threads)
+        except BaseException as error:  # to those whose rows they are
+            call.errors.update(dict.fromkeys(range(rows.start, rows.stop), error))
+        self._done(call, time.perf_counter() - begun)
+        return True

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pylumiere.config import STUNetConfig
 from pylumiere.export.spec import NetworkSpec
+
+from pylumiere.config import STUNetConfig
 
 FORMAT = 1
 
@@ -51,9 +52,9 @@ def compile_network(
         RuntimeError: a kernel that does not compile, or that does not fit the chip.
     """
     import triton
+    from pylumiere.kernels import aot
 
     from pylumiere.backends.triton import record_network
-    from pylumiere.kernels import aot
 
     plans = []
     for arch, precision in targets:

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pylumiere.export.spec import FORBIDDEN_OPS, OPSET, TOLERANCE, NetworkSpec
 from torch import Tensor
 
 from pylumiere.config import STUNetConfig
 from pylumiere.errors import BundleError
-from pylumiere.export.spec import FORBIDDEN_OPS, OPSET, TOLERANCE, NetworkSpec
 from pylumiere.model import STUNet
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
@@ -91,7 +91,7 @@ def trace(forward: Forward, weight_shapes: Mapping[str, tuple[int, ...]], spec: 
 
     with torch.no_grad():
         exported = torch.export.export(
-            Traced(), (values, weights), dynamic_shapes=(dynamic, {name: None for name in weights})
+            Traced(), (values, weights), dynamic_shapes=(dynamic, dict.fromkeys(weights))
         )
         # The optimizer's pattern rules take longer than the trace and find nothing that the runtimes do not.
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pylumiere.export.spec import TOLERANCE, NetworkSpec
+
 from pylumiere.bundle import ShapeRange
 from pylumiere.config import ModelConfig
 from pylumiere.errors import USER_ERRORS, BundleError
-from pylumiere.export.spec import TOLERANCE, NetworkSpec
 
 # Graphs for TensorRT are run at this many values of output at most, to see what their precision costs.
 _TRIAL_VALUES = 2**19
@@ -34,7 +35,7 @@ def main(path: str) -> int:
 
     try:
         facts = _STEPS[job["step"]](job, out, report)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         print(json.dumps({"error": " ".join(str(error).split())}), file=answers, flush=True)
         return 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -64,7 +65,6 @@ def _portable(job: dict[str, Any], out: Path, report) -> dict[str, Any]:
     """The float32 graph over the stored weights, compared with the eager model at three sizes."""
     import onnxruntime
     import torch
-
     from pylumiere.export import to_onnx
 
     torch.set_num_threads(job["threads"])
@@ -87,10 +87,10 @@ def _portable(job: dict[str, Any], out: Path, report) -> dict[str, Any]:
 
 
 def _eager(job: dict[str, Any], spec: NetworkSpec, weights: Path):
+    from pylumiere.export import to_onnx
     from safetensors.torch import load_file
 
     from pylumiere.checkpoint import build_network
-    from pylumiere.export import to_onnx
 
     tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     if spec.stage == "text":
@@ -103,9 +103,8 @@ def _eager(job: dict[str, Any], spec: NetworkSpec, weights: Path):
 def _graph(job: dict[str, Any], out: Path, report) -> dict[str, Any]:
     """The graph that plans are built from: weights in its own precision. In fp16 it is run once on the CPU."""
     import torch
-    from safetensors.torch import load_file
-
     from pylumiere.export import to_onnx
+    from safetensors.torch import load_file
 
     torch.set_num_threads(job["threads"])
     spec, weights, precision = NetworkSpec.from_json(job["spec"]), Path(job["weights"]), job["precision"]

@@ -268,6 +268,38 @@ _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.pl
 _Key = Annotated[str | None, typer.Option(help="Public key in PEM; its signature is then required.")]
 
 
+@app.command("export")
+@_interruptible
+def export_model(
+    output: Annotated[str, typer.Option("-o", "--output", help="The bundle: NAME.plm.")],
+    model: Annotated[str, typer.Option(help="A shipped model's name (demo), a model folder, or a bundle.")] = "demo",
+    sku: Annotated[list[str] | None, typer.Option(help="rtx4090, h100, sm_89, ..., all, this; repeatable.")] = None,
+    precision: Annotated[str, typer.Option(help="Of plans and cubins: auto, fp16, bf16 or fp32.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Largest batch; 2 is one clip with guidance.")] = 2,
+    frames: Annotated[list[int] | None, typer.Option(help="Frames of a clip; repeatable.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT of a clip; repeatable.")] = None,
+    per_sm: Annotated[bool, typer.Option("--per-sm", help="A plan per GPU kind beside the portable one.")] = False,
+    memory_budget: Annotated[str | None, typer.Option(help="Workspace of a layer at most, such as 2GiB.")] = None,
+    sign: Annotated[str | None, typer.Option(help="Private Ed25519 key in PEM; see keygen.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes at once.")] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Builds a bundle for the GPUs of a fleet, on a machine that needs none of them."""
+    from pylumiere.export.build import ExportOptions, export_bundle
+    from pylumiere.export.console import Bars, parse_bytes, to_text
+
+    sizes = tuple(_parse_size(one) for one in size or ())
+    options = ExportOptions(
+        skus=tuple(sku or ()), precision=precision, batch=batch, frames=tuple(frames or ()),
+        sizes=tuple((height, width) for width, height in sizes), per_sm=per_sm,
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget), jobs=jobs,
+    )  # fmt: skip
+    with Bars() as bars:
+        report = export_bundle(model, output, options, force=force, sign_key=sign, on_progress=bars.update)
+    print(json.dumps(report) if as_json else to_text(report))
+
+
 @app.command("inspect")
 @_interruptible
 def inspect_bundle(

@@ -40,7 +40,9 @@ _OPTIONS = {
     "negative_prompt": "--negative", "num_frames": "--frames", "height": "--size (height)", "width": "--size (width)",
     "num_inference_steps": "--steps", "guidance_scale": "--guidance", "window_frames": "--window",
     "window_overlap": "--overlap",
+    "style_strength": "--style-strength",
     **{name: f"--{name}" for name in ("fps", "seed", "sampler", "image", "video", "mask", "strength")},
+    **{name: f"--{name}" for name in ("keyframes", "expand", "fit", "style", "loop")},
 }  # fmt: skip
 
 _MAX_TILES = 200  # of a streamed clip's contact sheet
@@ -98,9 +100,19 @@ def generate(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, or one number for a square.")] = None,
     negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
     image: Annotated[str | None, typer.Option(help="A picture: the first frame.")] = None,
+    keyframes: Annotated[
+        list[str] | None, typer.Option(metavar="N:FILE...", help="More given frames: 0:a.png 79:b.png, or last:b.png.")
+    ] = None,
     video: Annotated[str | None, typer.Option(help="A clip to start from, or to keep in part.")] = None,
     mask: Annotated[str | None, typer.Option(help="A picture or clip: white is made anew, black is kept.")] = None,
+    expand: Annotated[
+        str | None, typer.Option(help="Pixels of the result to make beside the picture: left=16,right=16, or all=16.")
+    ] = None,
+    fit: Annotated[str, typer.Option(help="How pictures go into the frame: crop, pad or stretch.")] = "crop",
     strength: Annotated[float, typer.Option(help="With --video: how much of the noise schedule to run, 0 to 1.")] = 1.0,
+    style: Annotated[str | None, typer.Option(help="A style of the model (demo: ink), or a style's file.")] = None,
+    style_strength: Annotated[float, typer.Option(help="0 is the model as it is, 1 is the style.")] = 1.0,
+    loop: Annotated[bool, typer.Option("--loop", help="The last frame runs into the first.")] = False,
     window: Window = None,
     overlap: Overlap = None,
     stream: Annotated[bool, typer.Option("--stream", help="Encode frames while later ones are computed.")] = False,
@@ -108,18 +120,24 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Makes a clip from a text."""
+    from pylumiere.inputs import parse_expand, parse_keyframes, request_fields
     from pylumiere.request import GenerationRequest
 
     begun = time.monotonic()
     _check_outputs(output, sheet)
     width, height = _parse_size(size)
+    given = request_fields(
+        image=image, video=video, mask=mask, keyframes=parse_keyframes(keyframes or []), fps=fps, num_frames=frames
+    )
+    if expand is not None:
+        given["expand"] = parse_expand(expand)
     with _Bars() as bars:
         request = GenerationRequest(
-            prompt=prompt, negative_prompt=negative, num_frames=frames, fps=fps, height=height, width=width,
+            prompt=prompt, negative_prompt=negative, height=height, width=width,
             num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
             seed=secrets.randbits(32) if seed is None else seed,
-            image=_read_image(image), video=_read_clip(video), mask=_read_mask(mask), strength=strength,
-            window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback,
+            fit=fit, strength=strength, style=style, style_strength=style_strength, loop=loop,
+            window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback, **given,
         )  # fmt: skip
         engine = _load(model, backend, device, precision)
         loaded = time.monotonic()
@@ -204,6 +222,40 @@ def bench_ops(
     from pylumiere.bench.ops import run
 
     return run(op or (), smoke=smoke, tune=tune, path=rows, vs=vs.split(",") if vs else None)
+
+
+@bench.command("plan")
+@_interruptible
+def bench_plan(
+    model: Annotated[str, typer.Option(help="A preset: demo, stunet-b or stunet-l.")] = "stunet-l",
+    sku: Annotated[list[str] | None, typer.Option(help="A GPU; may be repeated. All with known rates if none.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of the result.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
+    ssr_steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
+    window: Window = None,
+    overlap: Overlap = None,
+    doubling: Annotated[bool, typer.Option("--doubling", help="Also: cost of twice T, H and W.")] = False,
+    rows: Annotated[Path | None, typer.Option("--json", help="Append a JSON line per GPU here.")] = None,
+) -> None:
+    """Counts a clip's arithmetic and memory, and the time that a GPU's peak rates allow. Runs nothing on a GPU."""
+    from pylumiere.bench import plan
+    from pylumiere.bench.facts import append_row
+
+    chips = plan.find_chips(sku or [])
+    options = dict(frames=frames, size=size, steps=steps, ssr_steps=ssr_steps, window=window, overlap=overlap)
+    clip = plan.plan_clip(model, **options)
+    for table in plan.to_tables(model, clip, chips, plan.doubling(model) if doubling else None):
+        _print_table(table)
+    if rows is not None:
+        for row in plan.to_rows(clip, chips):
+            append_row(rows, {"benchmark": "plan", "model": model, **options, **row})
+
+
+def _print_table(table) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @app.command()
@@ -317,11 +369,8 @@ def inspect_bundle(
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200)
     for part in inspect_tables(report):
-        console.print(part)
+        _print_table(part)
 
 
 @app.command("verify")
@@ -375,27 +424,6 @@ def _parse_size(text: str | None) -> tuple[int | None, int | None]:
     if match is None:
         raise InvalidRequest(f"--size {text!r} is neither WIDTHxHEIGHT nor one number, such as 128x128 or 128")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _read_image(path: str | None):
-    from pylumiere.video import read_image
-
-    return None if path is None else read_image(path)
-
-
-def _read_clip(path: str | None):
-    from pylumiere.video import read_video
-
-    return None if path is None else read_video(path).frames
-
-
-def _read_mask(path: str | None):
-    """[H, W] from a picture, [T, H, W] from a clip; its green channel, halved at 128."""
-    frames = _read_clip(path)
-    if frames is None:
-        return None
-    mask = frames[..., 1] >= 128
-    return mask[0] if len(mask) == 1 else mask
 
 
 def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[str, Any]:
@@ -496,10 +524,24 @@ def _explain(error: BaseException) -> str:
     return re.sub(rf"(^|; |, )({names})(?=[=:])", lambda match: match[1] + _OPTIONS[match[2]], text)
 
 
+def _spread(arguments: list[str]) -> list[str]:
+    """`--keyframes A B` as `--keyframes A --keyframes B`: an option with several values, which click does not know."""
+    spread, follows = [], False
+    for argument in arguments:
+        if follows and re.match(r"(-?\d+|first|last):", argument):
+            spread += [f"--keyframes={argument}"]
+            continue
+        follows = argument == "--keyframes"
+        if not follows:
+            spread.append(argument)
+    return spread + ["--keyframes"] * follows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _on_sigterm)
+    arguments = _spread(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(arguments, prog_name="pylumiere", standalone_mode=False)
         return code if isinstance(code, int) else 0

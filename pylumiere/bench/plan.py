@@ -251,3 +251,42 @@ def to_rows(plan: ClipPlan, chips: list[Chip]) -> list[dict]:
             }
         )  # fmt: skip
     return rows
+
+
+def to_tables(model: str, plan: ClipPlan, chips: list[Chip], growth: dict[str, dict[str, float]] | None = None):
+    """For a terminal: the networks' cost by kind, one row a chip, and `doubling`'s ratios where given."""
+    from rich.table import Table
+
+    networks = {"base": (plan.base, plan.base_calls), "ssr": (plan.ssr, plan.ssr_calls)}
+    work = Table(title=f"{model}: one clip, 16-bit numbers", title_justify="left")
+    for heading in ("operation", "base TFLOP", "base GB", "ssr TFLOP", "ssr GB"):
+        work.add_column(heading, justify="left" if heading == "operation" else "right")
+    kinds = list(dict.fromkeys(kind for net, _ in networks.values() if net for kind in net.work))
+    for kind in [*kinds, "all"]:
+        cells = []
+        for net, calls in networks.values():
+            cost = Cost(0, 0)
+            if net is not None:
+                cost = net.total if kind == "all" else sum(net.work.get(kind, []), Cost(0, 0))
+            cells += [f"{calls * cost.flops / 1e12:.1f}", f"{calls * cost.bytes / 1e9:.0f}"]
+        work.add_row(kind, *cells)
+    time = Table(title="Least time, at the data sheet's rates", title_justify="left")
+    for heading in ("GPU", "base s", "ssr s", "clip s", "clips/h", "GB needed", "GB there"):
+        time.add_column(heading, justify="left" if heading == "GPU" else "right")
+    for chip, row in zip(chips, to_rows(plan, chips), strict=True):
+        seconds = row["seconds_at_bound"]
+        time.add_row(
+            chip.name, f"{seconds['base']:.2f}", f"{seconds.get('ssr', 0):.2f}", f"{seconds['clip']:.2f}",
+            f"{row['clips_per_hour']:.0f}", f"{row['bytes_needed'] / 1e9:.1f}",
+            f"{chip.memory / 1e9:.0f}" + ("" if row["fits"] else ", too little"),
+        )  # fmt: skip
+    tables = [work, time]
+    if growth is not None:
+        double = Table(title="FLOPs of a base call with an axis doubled, times those before", title_justify="left")
+        double.add_column("operation")
+        for axis in growth:
+            double.add_column(axis, justify="right")
+        for kind in next(iter(growth.values())):
+            double.add_row(kind, *(f"{growth[axis][kind]:.2f}" for axis in growth))
+        tables.append(double)
+    return tables

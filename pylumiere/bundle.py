@@ -13,6 +13,7 @@ hashed, so a file that changes later changes nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ SCHEMA_VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 # Limits on what an untrusted bundle may make us do before its hashes are known to be right.
-MAX_MANIFEST_BYTES = 2 * 2**20  # parsed, at most about 100 times as much
+MAX_MANIFEST_BYTES = 2 * 2**20
+MAX_MANIFEST_VALUES = 2**16  # numbers, texts, lists and objects; each costs about a kilobyte if it is wrong
 MAX_FILES = 4096
 MAX_BYTES = 256 * 2**30
 MAX_PATH = 240
@@ -269,7 +271,7 @@ class Manifest(_Strict):
     files: Annotated[dict[BundlePath, FileEntry], Field(min_length=1, max_length=MAX_FILES)]
     artefacts: Annotated[tuple[Artefact, ...], Field(max_length=MAX_FILES)] = ()
 
-    @property
+    @functools.cached_property
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.model)
 
@@ -300,6 +302,8 @@ class Manifest(_Strict):
         if set(self.weights) != stages:
             raise ValueError(f"weights are given for {', '.join(sorted(self.weights)) or 'nothing'}; the model has "
                              f"{', '.join(sorted(stages))}")  # fmt: skip
+        if config.base.network.text_dim not in (0, self.text.width):
+            raise ValueError(f"text encoder: {self.text.width} wide; the model expects {config.base.network.text_dim}")
         names = [artefact.name for artefact in self.artefacts]
         if len(set(names)) != len(names):
             raise ValueError(f"artefact {next(n for n in names if names.count(n) > 1)} is there twice")
@@ -592,6 +596,8 @@ def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
     """
     if len(raw) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{where}: {MANIFEST} has {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+    if (count := sum(raw.count(mark) for mark in (b",", b"[", b"{"))) > MAX_MANIFEST_VALUES:
+        raise BundleError(f"{where}: {MANIFEST} holds {count} values; at most {MAX_MANIFEST_VALUES} are read")
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -607,6 +613,11 @@ def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
             f"{where}: {MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "
             f"{SCHEMA_VERSION}: {remedy}"
         )
+    for name, most in (("files", MAX_FILES), ("artefacts", MAX_FILES), ("weights", 2), ("fields", 20)):
+        found = data if name == "fields" else data.get(name)
+        if isinstance(found, (dict, list)) and len(found) > most:
+            raise BundleError(f"{where}: {MANIFEST} has {len(found)} {name}; at most {most} are allowed")
+    del data, found
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:

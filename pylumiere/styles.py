@@ -27,7 +27,6 @@ from torch import Tensor
 from pylumiere.checkpoint import expected_shapes
 from pylumiere.config import STUNetConfig
 from pylumiere.errors import InvalidRequest
-from pylumiere.model import STUNet
 
 FOLDER = "styles"  # of a model folder
 _DTYPES = ("F32", "F16", "BF16")
@@ -166,6 +165,8 @@ def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: S
 
 
 def _network(config: STUNetConfig) -> tuple[dict[str, tuple[int, ...]], Callable[[str], bool]]:
+    from pylumiere.model import STUNet  # here, because a bundle's engines run without it
+
     with torch.device("meta"):
         network = STUNet(config)
     return expected_shapes(config), network.is_temporal

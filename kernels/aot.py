@@ -123,7 +123,7 @@ def compile_one(specialisation: dict[str, Any], arch: int, folder: Path) -> dict
     return facts
 
 
-_FORMAT = 2  # raise when the facts change
+_FORMAT = 3  # raise when the facts change
 
 
 def inspect_cubin(cubin: bytes, has_products: bool = True) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def _is_ragged(shape: dict[str, Any]) -> bool:
     return 0 < shape["O"] % 128 <= 64 and shape["pixels"] >= 256
 
 
-def _tiles(small: Config, narrow: Config, ragged: Config) -> list[Row]:
+def _tiles(fp32: Config, small: Config, narrow: Config, ragged: Config) -> list[Row]:
     return [
-        Row(_gemm(64, 32, 16, 4, 2), _is_fp32),
+        Row(fp32, _is_fp32),
         Row(_gemm(128, 16, 64), _is_tiny),
         Row(small, _is_small),
         Row(narrow, _is_narrow),
@@ -77,8 +77,13 @@ def _tiles(small: Config, narrow: Config, ragged: Config) -> list[Row]:
 
 
 # Not measured, but each compiles without spills in every use that the networks make of it.
-_mma_tiles = _tiles(_gemm(64, 128, 64, 8), _gemm(128, 64, 32), _gemm(256, 64, 32, 8))
-_wgmma_tiles = _tiles(_gemm(64, 128, 64), _gemm(128, 64, 64, 8), _gemm(256, 64, 32, 8, 4))
+_mma_tiles = _tiles(
+    fp32=_gemm(64, 32, 16, 4, 2), small=_gemm(64, 128, 64, 8), narrow=_gemm(128, 64, 32), ragged=_gemm(256, 64, 32, 8)
+)
+_wgmma_tiles = _tiles(
+    fp32=_gemm(64, 32, 16, 8, 2), small=_gemm(64, 128, 64), narrow=_gemm(128, 64, 64, 8),
+    ragged=_gemm(256, 64, 32, 8, 4),
+)  # fmt: skip
 _conv = {
     0: [Row(_gemm(64, 32, 32, 1, 1))], 75: [Row(_gemm(64, 64, 16, 4, 2))], 80: _mma_tiles, 86: _mma_tiles,
     89: _mma_tiles, 90: _wgmma_tiles, 100: _wgmma_tiles, 120: _mma_tiles,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pylumiere.kernels import aot, factorized_conv, launching, norm_affine, spatial_conv, temporal_conv
+from pylumiere.kernels import aot, factorized_conv, launching, norm_affine, spatial_conv, temporal_conv, tuning
 from pylumiere.kernels.tuning import ARCHITECTURES, SHARED_MEMORY
 
 
@@ -55,10 +55,11 @@ def test_the_shift_keeps_its_loads_wide(compiled):
 
 
 def with_ones_as_constants(launch):
-    """Triton's launcher compiles integer arguments of value 1 as constants; so does this."""
+    """Triton's launcher compiles integer arguments of value 1 as constants where it specialises; so does this."""
     specialisation = launch.specialisation()
+    plain = launching.unspecialised(launching.find_kernel(launch.kernel))
     for name, value in launch.args.items():
-        if isinstance(value, int) and value == 1:
+        if isinstance(value, int) and value == 1 and name not in plain:
             specialisation["signature"][name] = "constexpr"
             specialisation["constants"][name] = 1
     return specialisation
@@ -78,10 +79,11 @@ def test_sizes_of_one_compile_as_constants(folder):
     assert [facts.get("error") for facts in aot.compile_many(tasks, folder=folder)] == [None] * 5
 
 
-def test_compiled_kernels_are_kept(compiled, folder, monkeypatch):
-    monkeypatch.setattr(aot.triton, "compile", lambda *a, **k: pytest.fail("compiled again"))
-    facts = aot.compile_many([convolution(90, torch.float16)], folder=folder)
-    assert facts == [compiled["sm90"]]
+def test_compiled_kernels_are_kept(compiled, folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    facts = aot.compile_many([convolution(90, torch.float16)] * 2, folder=folder)
+    assert facts == [compiled["sm90"]] * 2
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_a_kernel_that_does_not_compile_is_a_row_not_a_crash(folder):
@@ -98,6 +100,46 @@ def test_verdict_names_spills_and_too_much_shared_memory():
     assert aot.verdict(good | {"spills": 7}, 89) == "7 spill instructions"
     assert aot.verdict(good | {"shared": 144 * 1024}, 89) == "shared memory 147456 of 101376"
     assert aot.verdict(good | {"shared": 144 * 1024}, 90) == "ok"
+    assert aot.verdict(good | {"instruction": "mma"}, 90, "wgmma") == "mma instead of wgmma"
+
+
+def test_products_in_16_bits_must_become_matrix_instructions():
+    def expected(dtype, arch):
+        with launching.record(arch) as recording:
+            x = torch.empty(1, 4, 16, 16, 64, dtype=dtype, device="meta")
+            spatial_conv.launch(x, spatial_conv.pack_weight(x.new_empty(64, 64, 3, 3)), statistics=True)
+        return [aot.expected_instruction(launch, arch) for launch in recording.launches]
+
+    assert expected(torch.bfloat16, 90) == ["wgmma", None]  # the convolution, and the merge of its statistics
+    assert expected(torch.bfloat16, 80)[0] == "mma" and expected(torch.float16, 75)[0] == "fma"
+    assert expected(torch.float32, 90) == [None, None]
+
+
+def test_every_listed_tile_is_compiled(monkeypatch):
+    """Each row of the table is what some case or shipped network takes."""
+    taken = set()
+    choose = tuning.choose
+
+    def note(op, arch, **shape):
+        config = choose(op, arch, **shape)
+        taken.add(id(config))
+        return config
+
+    monkeypatch.setattr(tuning, "choose", note)
+    for arch in ARCHITECTURES:
+        for dtype in (torch.float32, torch.bfloat16):
+            aot.op_launches(arch, dtype)
+        aot.network_launches(arch, torch.bfloat16, ["demo-base"])
+    for op, by_arch in tuning.TABLE.items():
+        for arch in ARCHITECTURES:
+            for row in by_arch.get(arch, []):
+                assert id(row.config) in taken, f"{op} sm {arch}: {row.config} is in no case"
+
+
+def test_a_network_needs_each_of_its_kernels_once():
+    launches = aot.network_launches(90, torch.bfloat16, ["demo-base"])
+    assert len({launch.key() for launch in launches.values()}) == len(launches) < 40
+    assert "implicit_gemm_kernel: demo-base 0 T80-H16-C28-O64" in launches
 
 
 def test_the_command_prints_and_writes_the_table(folder, tmp_path, monkeypatch, capsys):

@@ -309,12 +309,12 @@ def test_twin_compiles_without_contraction(nvcc, tmp_path):
 
 
 def test_twin_compiles_for_oldest_and_newest_chips_without_spills(nvcc, tmp_path):
-    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (75, 90, 120)]
+    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (75, 120)]
     command = [nvcc, "-std=c++20", "-c", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror", *targets]
     command += [str(SOURCE / "denoise_step.cu"), "-o", str(tmp_path / "denoise_step.o")]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(used) >= 3 * 6 and set(used) == {("0", "0", "0")}
+    assert len(used) >= 2 * 6 and set(used) == {("0", "0", "0")}
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
@@ -359,6 +359,7 @@ def test_beyond_int32_elements():
     x = torch.zeros(F, P, device="cuda")
     args = case(F, 1, 1, 1, 1, multistep=False)
     args[0], args[2] = x, torch.zeros(1, 1, P, device="cuda")
+    args[5][:, 5] = 1.5  # noise in every frame
     new, _ = op.launch(*to(args, lambda v: v.to("cuda")))
     tail = args[6][-1:].cuda()
     args[5] = args[5].cuda()

@@ -90,6 +90,13 @@ def test_strided_input():
     assert_close(run(*args), oracle(*args))
 
 
+@pytest.mark.parametrize("axis", [1, 2], ids=["frame", "pixel"])
+def test_offsets_beyond_int32(axis, far_apart):
+    x = far_apart((1, *(2 if i == axis else 1 for i in (1, 2)), 16), axis)
+    args = (torch.randn(16).half(), torch.randn(16).half(), 4)
+    assert_close(op.launch(x, *to(args, lambda v: v.to(DEVICE))).cpu(), oracle(x.cpu(), *args))
+
+
 @settings(max_examples=12)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9),

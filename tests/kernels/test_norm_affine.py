@@ -41,6 +41,12 @@ def test_offset_mean_does_not_cancel():
     assert rel_rms(deviations, op.statistics_reference(x.double())[:, 1]) < 1e3 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["frame", "pixel"])
+def test_offsets_beyond_int32(axis, far_apart):
+    x = far_apart((*(2 if i == axis else 1 for i in range(2)), 16), axis)
+    assert_close(op.launch_statistics(x).cpu(), op.statistics_reference(x.double().cpu()))
+
+
 def test_statistics_of_strided_input():
     memory = torch.full((2, 40, 48), float("nan"))
     x = memory[:, ::2, 16:40]

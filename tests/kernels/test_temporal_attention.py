@@ -91,6 +91,23 @@ def test_grid_uses_the_first_axis_alone():
     assert recording.launches[0].grid == (140_000,)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["clip", "frame", "pixel"])
+def test_offsets_beyond_int32(axis, far_apart):
+    qkv = far_apart((*(2 if i == axis else 1 for i in range(3)), 48), axis)
+    exact, plain = op.reference(qkv.double().cpu(), 2), op.reference(qkv.cpu(), 2)
+    assert_close(op.launch(qkv, 2).cpu(), exact, kind="matmul", plain=plain)
+
+
+def test_more_sequences_than_65535(monkeypatch):
+    """In a tile of many pixels, so that the interpreter has some hundred programs to run."""
+    config = tuning.Config({"BLOCK_M": 256, "MATRIX": False}, 4, 1)
+    monkeypatch.setattr(tuning, "choose", lambda *_, **__: config)
+    qkv = torch.randn(2, 2, 33_000, 24, dtype=torch.float16)
+    y = op.launch(qkv.to(DEVICE), 1)[:, :, -50:].cpu()
+    last = qkv[:, :, -50:].contiguous()
+    assert_close(y, op.reference(last.double(), 1), kind="matmul", plain=op.reference(last, 1))
+
+
 @settings(max_examples=15)
 @given(
     st.integers(1, 2), st.integers(1, 33), st.integers(1, 9), st.integers(1, 2), st.integers(1, 24),

@@ -73,6 +73,14 @@ def test_any_shape(shape, stride, upsample, fused):
     check(*make(shape, torch.float32, fused, stride, upsample))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["clip", "frame", "row", "column"])
+def test_offsets_beyond_int32(axis, far_apart):
+    x = far_apart((*(2 if i == axis else 1 for i in range(4)), 16), axis)
+    weight = torch.randn(16, 16, 3).half()
+    y, _ = op.launch(x, pack_weight(weight).to(DEVICE))
+    assert_close(y.cpu(), op.reference(x.double().cpu(), weight.double())[0], kind="matmul")
+
+
 def test_strided_input():
     tensors, options = make((2, 3, 3, 4, 24, 16), torch.float32)
     expected = run(tensors, options)[0]

@@ -91,6 +91,12 @@ def test_strided_input():
     assert torch.equal(run(x, 5, "both", "zero"), op.reference(x, 5))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["clip", "frame", "pixel"])
+def test_offsets_beyond_int32(axis, far_apart):
+    x = far_apart((*(2 if i == axis else 1 for i in range(3)), 16), axis)
+    assert torch.equal(op.launch(x).cpu(), op.reference(x.cpu()))
+
+
 @settings(max_examples=15)
 @given(
     st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 40), st.integers(2, 9),

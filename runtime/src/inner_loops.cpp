@@ -2,6 +2,10 @@
 // the standard library is emitted for a processor that may not be there.
 #include "lumiere/inner_loops.hpp"
 
+#ifdef __SSE2__
+#include <immintrin.h>  // intrinsics only: always inlined
+#endif
+
 namespace lumiere {
 namespace LUMIERE_SIMD {
 namespace {
@@ -40,7 +44,7 @@ inline const float* as_float(const void* values, ElementType type, std::int64_t 
 
 // ---- noise: see kernels/denoise_step.py for the definition --------------------------------------------------------
 
-constexpr int kCounters = kBlock / 4;
+constexpr int kCounters = 64;  // of four values each, made together
 
 inline void radius_and_angle(const u32* __restrict a, const u32* __restrict b, float* __restrict cosines,
                              float* __restrict sines) {
@@ -84,29 +88,58 @@ inline void radius_and_angle(const u32* __restrict a, const u32* __restrict b, f
   }
 }
 
-// kBlock normals from `position` (a multiple of 4) on.
-inline void noise_block(const NoiseKey& key, std::int64_t position, float* __restrict out) {
-  alignas(64) u32 c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+// Counters side by side, one in each 64-bit lane: a product of 32-bit words is then one instruction and one lane.
+#if defined(__AVX512F__)
+using Wide = __m512i;
+inline Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
+#elif defined(__AVX2__)
+using Wide = __m256i;
+inline Wide multiply(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
+#elif defined(__SSE2__)
+using Wide = __m128i;
+inline Wide multiply(Wide a, Wide b) { return _mm_mul_epu32(a, b); }
+#else
+using Wide = u64 __attribute__((vector_size(16)));
+inline Wide multiply(Wide a, Wide b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+#endif
+using Lanes = u64 __attribute__((vector_size(sizeof(Wide))));
+using Words = u32 __attribute__((vector_size(sizeof(Wide) / 2)));
+constexpr int kLanes = sizeof(Wide) / sizeof(u64);
+
+inline Lanes product(Lanes a, Lanes b) { return (Lanes)multiply((Wide)a, (Wide)b); }
+inline Lanes in_all(u64 value) { return Lanes{} + value; }
+
+// 4 * kCounters normals from `position` (a multiple of 4) on.
+inline void noise_tile(const NoiseKey& key, std::int64_t position, float* __restrict out) {
+  alignas(64) u32 words[4][kCounters];
   const u32 first = static_cast<u32>(static_cast<u64>(position) / 4);
-  const u32 frame = static_cast<u32>(key.frame), step = static_cast<u32>(key.step) + 1u;
-  for (int i = 0; i < kCounters; ++i) {
-    u32 a = first + static_cast<u32>(i), b = frame, c = step, d = key.stage;
+  const Lanes factor_a = in_all(0xD2511F53u), factor_c = in_all(0xCD9E8D57u);
+  Lanes index{};
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = static_cast<u64>(lane);
+  for (int i = 0; i < kCounters; i += kLanes) {
+    // Only the low half of a lane counts; what stands above is never read.
+    Lanes a = index + in_all(first + static_cast<u32>(i)), b = in_all(static_cast<u32>(key.frame));
+    Lanes c = in_all(static_cast<u32>(key.step) + 1u), d = in_all(key.stage);
     u32 k0 = static_cast<u32>(key.seed), k1 = static_cast<u32>(key.seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const u64 left = u64{0xD2511F53u} * a, right = u64{0xCD9E8D57u} * c;
-      a = static_cast<u32>(right >> 32) ^ b ^ k0;
-      b = static_cast<u32>(right);
-      c = static_cast<u32>(left >> 32) ^ d ^ k1;
-      d = static_cast<u32>(left);
+      const Lanes left = product(a, factor_a), right = product(c, factor_c);
+      a = (right >> 32) ^ b ^ in_all(k0);
+      b = right;
+      c = (left >> 32) ^ d ^ in_all(k1);
+      d = left;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    c0[i] = a, c1[i] = b, c2[i] = c, c3[i] = d;
+    const Lanes all[4] = {a, b, c, d};
+    for (int word = 0; word < 4; ++word) {
+      const auto narrow = __builtin_convertvector(all[word], Words);
+      __builtin_memcpy(&words[word][i], &narrow, sizeof(narrow));
+    }
   }
   alignas(64) float normals[4][kCounters];
-  radius_and_angle(c0, c1, normals[0], normals[1]);
-  radius_and_angle(c2, c3, normals[2], normals[3]);
+  radius_and_angle(words[0], words[1], normals[0], normals[1]);
+  radius_and_angle(words[2], words[3], normals[2], normals[3]);
   for (int i = 0; i < kCounters; ++i) {
     out[4 * i] = normals[0][i];
     out[4 * i + 1] = normals[1][i];
@@ -115,10 +148,19 @@ inline void noise_block(const NoiseKey& key, std::int64_t position, float* __res
   }
 }
 
+// kBlock normals. `before_tile(i)` is called before value i and the 4 * kCounters - 1 after it are made.
+template <typename BeforeTile>
+inline void noise_block(const NoiseKey& key, std::int64_t position, float* out, BeforeTile before_tile) {
+  for (int i = 0; i < kBlock; i += 4 * kCounters) {
+    before_tile(i);
+    noise_tile(key, position + i, out + i);
+  }
+}
+
 void noise(const NoiseKey& key, std::int64_t position, std::int64_t count, float* out) {
   alignas(64) float block[kBlock];
   for (std::int64_t done = 0; done < count; done += kBlock) {
-    noise_block(key, position + done, block);
+    noise_block(key, position + done, block, [](int) {});
     const std::int64_t size = count - done < kBlock ? count - done : kBlock;
     __builtin_memcpy(out + done, block, static_cast<u64>(size) * sizeof(float));
   }
@@ -128,7 +170,7 @@ void initial(const NoiseKey& key, const float* clean, float alpha, float sigma, 
              std::int64_t count, float* out) {
   alignas(64) float block[kBlock];
   for (std::int64_t done = 0; done < count; done += kBlock) {
-    noise_block(key, position + done, block);
+    noise_block(key, position + done, block, [](int) {});
     const int size = count - done < kBlock ? static_cast<int>(count - done) : kBlock;
     float* to = out + done;
     if (clean != nullptr) {
@@ -169,7 +211,11 @@ inline void average_block(const StepPart& part, std::int64_t offset, int size, f
 
 inline bool is_guided(const StepPart& part) { return part.num_outputs > 0 && part.outputs[0].uncond != nullptr; }
 
-template <bool kPrevious, bool kNoise, bool kStoreX0>
+// Where the average of a block comes from: from `average_block`, or, the commonest cases, from one or two fp32 outputs
+// in the same loop as the update, so that every stream is walked evenly and the processor can fetch ahead.
+enum class From { block, one, two };
+
+template <bool kGuided, From kFrom, bool kPrevious, bool kNoise, bool kStoreX0>
 inline void update_block(const StepPart& part, std::int64_t offset, int size, const float* __restrict average,
                          const float* __restrict normals) {
   const StepCoefficients c = part.coef;
@@ -178,9 +224,26 @@ inline void update_block(const StepPart& part, std::int64_t offset, int size, co
   const float* previous = kPrevious ? part.x0_prev + offset : nullptr;
   float* next = part.x_next + offset;
   float* x0_out = kStoreX0 ? part.x0 + offset : nullptr;
+  const Output none{};
+  const Output& first = kFrom == From::block ? none : part.outputs[0];
+  const Output& second = kFrom == From::two ? part.outputs[1] : none;
+  const float first_weight = first.weight, second_weight = second.weight;
+  const float* cond = static_cast<const float*>(first.cond) + offset;
+  const float* uncond = static_cast<const float*>(first.uncond) + offset;
+  const float* cond_2 = static_cast<const float*>(second.cond) + offset;
+  const float* uncond_2 = static_cast<const float*>(second.uncond) + offset;
 #pragma GCC ivdep
   for (int i = 0; i < size; ++i) {
-    float x0 = c.u * x[i] + c.v * (average[i] * c.gain);
+    float avg;
+    if constexpr (kFrom == From::block) {
+      avg = average[i];
+    } else {
+      avg = first_weight * (kGuided ? uncond[i] + c.guidance * (cond[i] - uncond[i]) : cond[i]);
+      if constexpr (kFrom == From::two) {
+        avg = avg + second_weight * (kGuided ? uncond_2[i] + c.guidance * (cond_2[i] - uncond_2[i]) : cond_2[i]);
+      }
+    }
+    float x0 = c.u * x[i] + c.v * (avg * c.gain);
     x0 = x0 < -c.clip ? -c.clip : x0;
     x0 = x0 > c.clip ? c.clip : x0;
     x0 = x0 * c.scale;
@@ -192,29 +255,56 @@ inline void update_block(const StepPart& part, std::int64_t offset, int size, co
   }
 }
 
-template <bool kGuided, bool kPrevious, bool kNoise, bool kStoreX0>
+// Asks for the cache line of every stream at `offset`. The processor's own fetching stops at the end of a page.
+inline void fetch(const StepPart& part, std::int64_t offset) {
+  const std::int64_t bytes = part.type == ElementType::float32 ? 4 * offset : 2 * offset;
+  __builtin_prefetch(part.x + offset);
+  if (part.x0_prev != nullptr) __builtin_prefetch(part.x0_prev + offset);
+  for (int k = 0; k < part.num_outputs; ++k) {
+    __builtin_prefetch(static_cast<const char*>(part.outputs[k].cond) + bytes);
+    if (part.outputs[k].uncond != nullptr) __builtin_prefetch(static_cast<const char*>(part.outputs[k].uncond) + bytes);
+  }
+}
+
+template <bool kGuided, From kFrom, bool kPrevious, bool kNoise, bool kStoreX0>
 void step_loop(const StepPart& part) {
   alignas(64) float average[kBlock], normals[kBlock];
   for (std::int64_t done = 0; done < part.count; done += kBlock) {
     const int size = part.count - done < kBlock ? static_cast<int>(part.count - done) : kBlock;
-    average_block<kGuided>(part, done, size, average);
-    if constexpr (kNoise) noise_block(part.key, part.position + done, normals);
-    update_block<kPrevious, kNoise, kStoreX0>(part, done, size, average, normals);
+    if constexpr (kFrom == From::block) average_block<kGuided>(part, done, size, average);
+    if constexpr (kNoise) {
+      // The values come from memory while the noise is computed.
+      noise_block(part.key, part.position + done, normals, [&](int i) {
+        for (int line = i; line < i + 4 * kCounters && line < size; line += 16) fetch(part, done + line);
+      });
+    } else if (part.count - done > kBlock + 64) {
+      for (int line = 0; line < 4; ++line) fetch(part, done + kBlock + 16 * line);
+    }
+    update_block<kGuided, kFrom, kPrevious, kNoise, kStoreX0>(part, done, size, average, normals);
   }
 }
 
-void step(const StepPart& part) {
+template <bool kGuided, From kFrom>
+void choose_loop(const StepPart& part) {
   using Loop = void (*)(const StepPart&);
-  static constexpr Loop loops[16] = {
-      step_loop<false, false, false, false>, step_loop<false, false, false, true>, step_loop<false, false, true, false>,
-      step_loop<false, false, true, true>,   step_loop<false, true, false, false>, step_loop<false, true, false, true>,
-      step_loop<false, true, true, false>,   step_loop<false, true, true, true>,   step_loop<true, false, false, false>,
-      step_loop<true, false, false, true>,   step_loop<true, false, true, false>,  step_loop<true, false, true, true>,
-      step_loop<true, true, false, false>,   step_loop<true, true, false, true>,   step_loop<true, true, true, false>,
-      step_loop<true, true, true, true>};
-  const int index = (is_guided(part) ? 8 : 0) + (part.x0_prev != nullptr && part.coef.r != 0.0f ? 4 : 0) +
-                    (part.coef.n != 0.0f ? 2 : 0) + (part.x0 != nullptr ? 1 : 0);
-  loops[index](part);
+  static constexpr Loop loops[8] = {
+      step_loop<kGuided, kFrom, false, false, false>, step_loop<kGuided, kFrom, false, false, true>,
+      step_loop<kGuided, kFrom, false, true, false>,  step_loop<kGuided, kFrom, false, true, true>,
+      step_loop<kGuided, kFrom, true, false, false>,  step_loop<kGuided, kFrom, true, false, true>,
+      step_loop<kGuided, kFrom, true, true, false>,   step_loop<kGuided, kFrom, true, true, true>};
+  loops[(part.x0_prev != nullptr && part.coef.r != 0.0f ? 4 : 0) + (part.coef.n != 0.0f ? 2 : 0) +
+        (part.x0 != nullptr ? 1 : 0)](part);
+}
+
+void step(const StepPart& part) {
+  const bool guided = is_guided(part), direct = part.type == ElementType::float32;
+  if (direct && part.num_outputs == 1) {
+    guided ? choose_loop<true, From::one>(part) : choose_loop<false, From::one>(part);
+  } else if (direct && part.num_outputs == 2) {
+    guided ? choose_loop<true, From::two>(part) : choose_loop<false, From::two>(part);
+  } else {
+    guided ? choose_loop<true, From::block>(part) : choose_loop<false, From::block>(part);
+  }
 }
 
 // ---- statistics ---------------------------------------------------------------------------------------------------

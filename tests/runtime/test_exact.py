@@ -1,9 +1,13 @@
-"""Streamed equals step by step, bit for bit, against plain numpy: windows, samplers, guidance, capacity, batches."""
+"""Streamed equals step by step, bit for bit, against plain numpy: windows, samplers, guidance, capacity, batches.
+
+EXACT_CASES=5000 pytest tests/runtime/test_exact.py draws more random cases than the few hundred of every run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,7 @@ _spec.loader.exec_module(offline)
 
 F32 = np.float32
 SHAPE = (1, 2, 3)
+CASES = int(os.environ.get("EXACT_CASES", "400"))
 VALUES = math.prod(SHAPE)
 
 
@@ -189,7 +194,7 @@ def run_streamed(case: dict, rng: random.Random, initial=None) -> np.ndarray:
 @pytest.mark.parametrize("group", range(8))
 def test_streamed_equals_offline(group):
     rng = random.Random(group)
-    for _ in range(150):
+    for _ in range(CASES // 8):
         case = random_case(rng)
         initial = None
         if rng.random() < 0.2:
@@ -205,7 +210,7 @@ def test_streamed_equals_offline(group):
 def test_clips_that_share_batches_equal_offline(group):
     """Clips join while others run, are taken late, and one is removed in the middle."""
     rng = random.Random(100 + group)
-    for _ in range(25):
+    for _ in range(max(1, CASES // 40)):
         first = random_case(rng)
         guided = first["guidance"] != 1.0
         cases = [first]

@@ -343,6 +343,7 @@ NB_MODULE(_runtime, m) {
            "plan"_a, "table"_a, "seed"_a, "stage"_a, "init_alpha"_a, "init_sigma"_a, "guidance"_a, "clip"_a, "rescale"_a,
            "threshold"_a, "threshold_max"_a, "has_initial"_a, "capacity"_a)
       .def("remove_clip", &Sampler::remove_clip, "clip"_a)
+      .def("set_paused", &Sampler::set_paused, "clip"_a, "paused"_a)
       .def("extend", &Sampler::extend, "clip"_a, "available"_a, "ended"_a)
       .def("next", [](Sampler& s, int capacity) {
         std::span<const Task> tasks;

@@ -39,6 +39,7 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    takes_styles = False
 
     def __init__(self, bundle: Bundle, artefacts: dict[str, Artefact], choice: Choice):
         self.device, self.dtype = choice.device, choice.dtype
@@ -59,8 +60,9 @@ class OnnxRuntimeBackend:
         noise_level: Tensor | None = None,
         *,
         num_threads: int | None = None,
+        style: None = None,
     ) -> Tensor:
-        """One network call; see `TorchBackend.predict`.
+        """One network call; see `TorchBackend.predict`. There are no styles: the weights are in the artefact.
 
         Raises:
             InvalidRequest: sizes that the graph was not exported for.

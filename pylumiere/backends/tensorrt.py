@@ -51,6 +51,7 @@ class TensorRTBackend:
     """
 
     num_threads = 1  # of the host; the GPU does the work
+    takes_styles = False
 
     def __init__(
         self,
@@ -86,8 +87,9 @@ class TensorRTBackend:
         noise_level: Tensor | None = None,
         *,
         num_threads: int | None = None,
+        style: None = None,
     ) -> Tensor:
-        """One network call; see `TorchBackend.predict`.
+        """One network call; see `TorchBackend.predict`. There are no styles: the weights are in the artefact.
 
         Raises:
             InvalidRequest: sizes that no profile of the plan takes.

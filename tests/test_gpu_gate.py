@@ -35,5 +35,31 @@ def test_without_a_gpu_it_refuses_to_measure(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_does_not_fit_the_time_is_listed(tmp_path):
+    done = gate("--smoke", "--out", tmp_path, "--only", "norm_affine", "--seconds", 0)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2:] == ["0 of 1 steps passed", "bench norm_affine: not started"]
+
+
+def test_the_table_names_the_best_rival(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_gate
+
+    row = {"op": "conv", "case": "8x8", "bound": 1e-3}
+    times = {"pylumiere": 2e-3, "eager": 6e-3, "compile": 3e-3}
+    rows = [json.dumps({**row, "provider": name, "seconds": seconds}) for name, seconds in times.items()]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, json.dumps({"op": "conv", "case": "wrong"})]))
+    (line,) = gpu_gate.table(tmp_path / "rows.jsonl")
+    assert " ".join(line.split()) == "conv 8x8 2.000 ms 50.0 % of the bound, compile takes 1.50 x"
+
+
+def test_tests_that_want_a_gpu_are_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_gate
+
+    marked = next(step for step in gpu_gate.steps(tmp_path, smoke=False) if step.name == "tests marked gpu")
+    assert {"tests/kernels/test_denoise_step.py", "tests/backends/test_triton.py"} <= set(marked.command)
+
+
 def test_a_step_that_does_not_exist_is_an_error(tmp_path):
     assert gate("--smoke", "--out", tmp_path, "--only", "nothing").returncode == 2

@@ -72,6 +72,8 @@ def run(
             module = importlib.import_module(f"pylumiere.bench.cases.{op}")
             torch.manual_seed(0)
             for case in module.cases(site):
+                if device == "cuda":
+                    torch.cuda.empty_cache()  # of the case before
                 if tune:
                     harness.tune(module.TABLE, case, site, path)
                 else:

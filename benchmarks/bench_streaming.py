@@ -390,7 +390,7 @@ def main() -> int:
                 measured = fused_step(count, 64 if smoke else 1024, *values, 3 if smoke else 15)
                 record("fused_step", {"form": form, **measured})
     if "seams" in parts:
-        rows = [record("seams", row) for row in (seams(20, 8, 1, 1) if smoke else seams(80, 32, 8, 2))]
+        rows = [record("seams", row) for row in (seams(20, 8, 1, 1) if smoke else seams(80, 32, 8, 1))]
         if options.images:
             plot_seams(rows, options.images / "seams.png")
     return 0

@@ -151,7 +151,7 @@ def generate(
             if sheet is not None:
                 result.sheet(sheet)
     seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
-    _report(output, sheet, metadata, seconds, as_json)
+    _report(output, sheet, metadata, seconds, as_json, stream)
 
 
 @app.command()
@@ -189,7 +189,7 @@ def upscale(
         )  # fmt: skip
         metadata = _write_stream(chunks, output, sheet, "")
     seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
-    _report(output, sheet, metadata, seconds, as_json)
+    _report(output, sheet, metadata, seconds, as_json, True)
 
 
 @app.command()
@@ -448,7 +448,9 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
     return {**chunks.metadata, "num_frames": num_frames}
 
 
-def _report(output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool) -> None:
+def _report(
+    output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool, streamed: bool
+) -> None:
     import resource
 
     outputs = {"output": _absolute(output), "sheet": None if sheet is None else _absolute(sheet)}
@@ -464,6 +466,8 @@ def _report(output: str, sheet: str | None, metadata: dict[str, Any], seconds: d
         f"{metadata['num_frames']} frames", f"{metadata['width']} x {metadata['height']}", f"{metadata['fps']:g} fps",
         f"seed {metadata['seed']}", f"{seconds['all']:.1f} s",
     ]  # fmt: skip
+    if streamed:
+        facts.append(f"first frames after {metadata['first_frame_seconds']:.1f} s")
     print(f"{outputs['output']}: {', '.join(facts)}", file=file)
     if sheet is not None:
         print(f"{outputs['sheet']}: contact sheet, every 8th frame", file=file)

@@ -174,8 +174,12 @@ class VideoWriter:
             self.abort()
             raise VideoError(f"output {self.path!r}: no frames were written")
         sink, self._sink = self._sink, None
-        with _as_video_error(self.path):
-            sink.finish()
+        try:
+            with _as_video_error(self.path):
+                sink.finish()
+        except BaseException:
+            sink.drop()
+            raise
 
     def abort(self) -> None:
         """Drops what was written."""

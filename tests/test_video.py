@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import struct
@@ -347,3 +348,14 @@ def test_sheet(tmp_path):
     with pytest.raises(VideoError, match=r"must end in \.png"):
         write_sheet(tmp_path / "sheet.jpg", frames)
     assert sorted(os.listdir(tmp_path)) == ["one.png", "sheet.png"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_output_that_fails_at_its_very_end_leaves_nothing(tmp_path, monkeypatch, name):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(VideoError, match="No space left"), VideoWriter(tmp_path / name, 16) as writer:
+        writer.write(make_frames(2))
+        monkeypatch.setattr(video.os, "replace", no_space)
+    assert os.listdir(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from pylumiere import _runtime
+from pylumiere.cli import main
 from pylumiere.errors import Cancelled
+from pylumiere.video import VideoWriter
 from pylumiere.windows import (
     BackgroundWriter,
     BatchSampler,
@@ -376,3 +379,10 @@ def test_pixels():
     assert (planes[:, :4] == 81).all() and (planes[:, 4] == 90).all() and (planes[:, 5] == 240).all()
     with pytest.raises(ValueError, match="height=3"):
         to_yuv420p(np.zeros((1, 3, 4, 3), np.float32))
+
+
+def test_the_command_line_says_when_the_first_frames_came(tmp_path, capsys):
+    with VideoWriter(tmp_path / "in.mp4", 16) as writer:
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+    assert main(["upscale", str(tmp_path / "in.mp4"), "-o", str(tmp_path / "out.mp4"), "--steps", "1"]) == 0
+    assert re.search(r"first frames after \d+\.\d s", capsys.readouterr().out)

@@ -27,6 +27,7 @@ from pylumiere.windows import NonFiniteOutput
 logger = logging.getLogger("pylumiere")
 
 SWEEP_SECONDS = 60.0
+BUFFER_FRAMES = 32  # final frames of one clip that wait for the encoder
 
 
 class WorkerLost(RuntimeError):
@@ -264,39 +265,30 @@ class LocalWorker:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._one_at_a_time = threading.Lock()
 
     def watch(self, metrics: Metrics) -> None:
         """The engine's numbers, read at each scrape."""
         info = self.engine.info()
-        metrics.gauge(
-            "pylumiere_memory_budget_bytes", "Of the engine; 0 is none.", lambda: self.engine.memory_budget or 0
-        )
+        budget = self.engine.memory_budget or 0
+        metrics.gauge("pylumiere_memory_budget_bytes", "Of the engine; 0 is none.", lambda: budget)
         metrics.gauge("pylumiere_weight_bytes", "Of the networks.", lambda: info["weight_bytes"])
 
     def check(self, request: GenerationRequest) -> None:
         self.engine.stream(request).close()
 
     def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work:
-        return _LocalWork(self, request, on_progress)
+        # The callback runs in the thread that takes the frames, which is the job's own.
+        request = request.model_copy(update={"callback_on_step_end": on_progress})
+        return _LocalWork(self.engine.submit(request, buffer_frames=BUFFER_FRAMES))
 
 
 class _LocalWork:
-    def __init__(self, worker: LocalWorker, request: GenerationRequest, on_progress: Callable[[Progress], None]):
-        self.metadata: dict[str, Any] = {}
-        self._worker, self._on_progress = worker, on_progress
-        self._request = request.model_copy(update={"callback_on_step_end": self._follow})
-        self._cancelled = threading.Event()
-
-    def _follow(self, progress: Progress) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled("the job was cancelled")
-        self._on_progress(progress)
+    def __init__(self, job: Any):
+        self._job = job
+        self.metadata: dict[str, Any] = job.metadata
 
     def __iter__(self) -> Iterator[Chunk]:
-        with self._worker._one_at_a_time, self._worker.engine.stream(self._request) as stream:
-            yield from stream
-            self.metadata = stream.metadata
+        return self._job.frames()
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        self._job.cancel()

@@ -188,7 +188,7 @@ def generation_fields(create: CreateVideo, config: ModelConfig) -> dict[str, Any
         if not _SECONDS.fullmatch(text) or float(text) == 0:
             raise InvalidRequest(f"seconds={_short(create.seconds)}: should be a number of seconds, such as '4'")
         if create.num_frames is not None:
-            raise InvalidRequest("seconds and num_frames are both given; give one of them")
+            raise InvalidRequest(f"seconds={text}: num_frames={create.num_frames} is given as well; give one of them")
         fields["num_frames"] = frames_for(float(text), create.fps or config.fps, config)
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -370,15 +370,13 @@ class _Export:
 
     def run(self) -> list[bundle.Artefact]:
         """All artefacts, their files in the staging folder."""
-        jobs: list[Callable[[], list[bundle.Artefact]]] = []
-        if self.targets.cubins:
-            jobs += [lambda stage=stage: self._cubins(stage) for stage in self.specs if stage != "text"]
-        traces: dict[str, Any] = {}
+        networks = [stage for stage in self.specs if stage != "text"] if self.targets.cubins else []
         found: list[bundle.Artefact] = []
         with concurrent.futures.ThreadPoolExecutor(64) as pool:
             try:
                 traces = {stage: pool.submit(self._trace, stage) for stage in self.specs}
-                pending = {pool.submit(job) for job in jobs}
+                # One network after the other: cubins take longest, and all else is to go on beside them.
+                pending = {pool.submit(lambda: [one for stage in networks for one in self._cubins(stage)])}
                 for stage, traced in traces.items():
                     pending.add(pool.submit(lambda s=stage, t=traced: self._portable(s, t.result())))
                     if stage == "text":

@@ -25,6 +25,8 @@ from torch import Tensor
 from pylumiere.config import STUNetConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.pipeline import StageRun
+from pylumiere.styles import StyleChoice
+from pylumiere.tasks import hold
 from pylumiere.windows import Batch, BatchSampler, NonFiniteOutput
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class CallShape:
     width: int
     guided: bool
     owner: int = 0  # of a clip that shares with nobody, because its input may be late; 0: shared
+    style: StyleChoice | None = None  # weights
 
 
 class Bucket:
@@ -154,15 +157,41 @@ class Bucket:
                 self._rows(self._mask, rows)[:, row] = mask[: self.groups]
             if self._level is not None:
                 self._rows(self._level, rows)[:, row] = run.noise_level
+        self.call.held = self._held()
         self.call.times = torch.from_numpy(np.tile(batch.timesteps, self.groups)).to(sample.device)
 
     def compute(self, rows: slice, num_threads: int | None) -> None:
         """Computes some rows of the current call. From any thread, several at once."""
         part = [None if t is None else t[rows] for t in (self._text, self._mask, self._level)]
+        style = {} if self.shape.style is None else {"style": self.shape.style}
         out = self.backend.predict(
-            self.shape.stage, self._sample[rows], self.call.times[rows], *part, num_threads=num_threads
+            self.shape.stage, self._sample[rows], self.call.times[rows], *part, num_threads=num_threads, **style
         )
-        self._out[rows].copy_(out)
+        self._out[rows].copy_(self._hold(out, rows))
+
+    def _hold(self, out: Tensor, rows: slice) -> Tensor:
+        """Given pixels held in the rows of clips that ask for it."""
+        held = {
+            row: coefficients
+            for row in range(rows.start, rows.stop)
+            if (coefficients := self.call.held.get(row % len(self.call.batch.x))) is not None
+        }
+        if held:
+            out = out.clone()  # it may be a buffer of the backend's
+        for row, coefficients in held.items():
+            noisy, given = self._sample[row].split([3, 4], -1)
+            out[row - rows.start] = hold(out[row - rows.start], noisy, given, *coefficients)
+        return out
+
+    def _held(self) -> dict[int, tuple[float, float]]:
+        """The windows of the current call whose given pixels are held, with u and v of their step."""
+        batch, held = self.call.batch, {}
+        for row, (clip, step) in enumerate(zip(batch.clips.tolist(), batch.steps.tolist(), strict=True)):
+            run = self.runs.get(clip)
+            if run is not None and run.holds:
+                u, v = run.stage.table.coef[step, :2].tolist()
+                held[row] = (u, v)
+        return held
 
     def complete(self) -> list[tuple[int, BaseException]]:
         """Takes the current call's result. Clips whose result is not finite, or failed, are removed and returned."""
@@ -201,6 +230,7 @@ class Call:
 
     Attributes:
         is_sent: its parts are with the lanes; until then its input may be missing.
+        held: see `Bucket._held`.
         missing: parts that are not computed yet.
         errors: what a row's computation raised, by row.
         seconds: of a lane, summed over the parts.
@@ -209,6 +239,7 @@ class Call:
     bucket: Bucket
     batch: Batch
     times: Tensor | None = None
+    held: dict[int, tuple[float, float]] = field(default_factory=dict)
     is_sent: bool = False
     missing: int = 0
     errors: dict[int, BaseException] = field(default_factory=dict)

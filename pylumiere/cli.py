@@ -530,15 +530,18 @@ def _explain(error: BaseException) -> str:
 
 def _spread(arguments: list[str]) -> list[str]:
     """`--keyframes A B` as `--keyframes A --keyframes B`: an option with several values, which click does not know."""
-    spread, follows = [], False
+    spread: list[str] = []
+    values = -1  # that the option has had; -1: another option
     for argument in arguments:
-        if follows and re.match(r"(-?\d+|first|last):", argument):
-            spread += [f"--keyframes={argument}"]
-            continue
-        follows = argument == "--keyframes"
-        if not follows:
+        if values >= 0 and (values == 0 or re.match(r"(-?\d+|first|last):", argument)):
+            spread += ["--keyframes", argument]
+            values += 1
+        elif argument == "--keyframes":
+            values = 0
+        else:
             spread.append(argument)
-    return spread + ["--keyframes"] * follows
+            values = -1
+    return spread + ["--keyframes"] * (values == 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from pylumiere.memory import Budget, CallBytes, Need, activation_bytes, parse_by
 from pylumiere.pipeline import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
 from pylumiere.scheduling import Scheduler, call_shape
+from pylumiere.styles import Style, StyleChoice, find_style, read_style, style_names
 from pylumiere.video import Video
 from pylumiere.windows import memory_bytes
 
@@ -39,6 +40,7 @@ __all__ = ["Chunk", "Engine", "Job", "Stream"]
 logger = logging.getLogger("pylumiere")
 
 OutputType = Literal["uint8", "float"]
+MAX_STYLES = 16  # in memory
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
         self._folder = checkpoint.folder
         self._parameters, self._facts = checkpoint.parameters, checkpoint.facts
         self._backend = make_backend(checkpoint, choice)
+        self._read_styles: dict[tuple, Style] = {}
         self._pipeline = Pipeline(self.config, self._backend, checkpoint.text_encoder())
         # On a CPU two lanes, each with half of the threads. A row is a part of its own, so that a call's shape is
         # fixed; without `reproducible` a lane takes its share of the rows at once.
@@ -315,13 +318,38 @@ class Engine:
 
     def _ordered(self, request: GenerationRequest) -> tuple[Order, dict[str, Any]]:
         plan = plan_request(request, self.config)
+        if plan.task.style is not None:
+            plan = plan.styled(self._style(*plan.task.style))
         metadata = {
             "model": self.config.name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
             "width": plan.width, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
-            "guidance_scale": plan.guidance_scale, **self._choice_facts(), "seconds": {},
+            "guidance_scale": plan.guidance_scale, "application": plan.task.name, "style": plan.task.style and
+            plan.task.style[0], "loop": request.loop, **self._choice_facts(), "seconds": {},
         }  # fmt: skip
         return Order(plan, plan.ssr or plan.base, plan.seed, (plan.height, plan.width)), metadata
+
+    def styles(self) -> list[str]:
+        """Names of the styles that the model brings; none where the backend cannot change weights."""
+        return style_names(self._folder) if getattr(self._backend, "takes_styles", False) else []
+
+    def _style(self, source: str, strength: float) -> StyleChoice:
+        """A style, read once as long as its file stays the same."""
+        if not getattr(self._backend, "takes_styles", False):
+            raise InvalidRequest(
+                f"style={source!r}: the {self._choice.backend} backend holds a graph with its weights inside; "
+                "load the model with backend='torch'"
+            )
+        path = find_style(source, self._folder)
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        style = self._read_styles.get(key)
+        if style is None:
+            style = read_style(path, self.config.base.network, self._backend.fingerprint)
+            if len(self._read_styles) >= MAX_STYLES:
+                self._read_styles.clear()
+            self._read_styles[key] = style
+        return StyleChoice(style, strength)
 
     def _submit(self, request: GenerationRequest, timeout: float | None, buffer_frames: int | None) -> Job:
         order, metadata = self._ordered(request)
@@ -350,7 +378,7 @@ class Engine:
         own += kept * last.height * last.width * pixel
         if order.plan is not None:
             low = order.plan.num_frames * order.plan.base.height * order.plan.base.width
-            own += low * 4 * (2 * 3 + 4)  # the base's frames, once more while they are joined, and the conditioning
+            own += low * 4 * 2 * 3 + order.plan.task.num_bytes  # the base's frames, once more while they are joined
         return Need(own, calls)
 
     def _clip_bytes(self, stage: StagePlan) -> int:

@@ -205,6 +205,21 @@ class Placement:
         return np.ascontiguousarray(np.pad(pixels, [*margins, (0, 0)], mode="edge"))
 
 
+    def cover(self, mask: np.ndarray) -> np.ndarray:
+        """[H, W] bool as bool [*frame]: pixels that a True pixel touches with any of its area; False beside `inner`."""
+        for axis in (0, 1):
+            size, scaled, shown = mask.shape[axis], self.scaled[axis], self.inner[axis].stop - self.inner[axis].start
+            first = (scaled - shown) // 2
+            edges = np.arange(first, first + shown + 1) * (size / scaled)
+            low = np.floor(edges[:-1] + 1e-6).astype(int)
+            high = np.maximum(low + 1, np.ceil(edges[1:] - 1e-6).astype(int))
+            counts = np.cumsum(np.insert(mask.astype(np.int64), 0, 0, axis), axis)
+            mask = counts.take(high, axis) > counts.take(low, axis)
+        covered = np.zeros(self.frame, bool)
+        covered[self.inner] = mask
+        return covered
+
+
 def place(
     picture: tuple[int, int], frame: tuple[int, int], fit: Fit = "crop", expand: Mapping[str, int] | None = None
 ) -> Placement:

@@ -3,7 +3,8 @@
 A request becomes a plan (`plan_request`: every value concrete, checked against the model), and a plan becomes frames:
 
     prompts -> text embeddings, once
-    base:  the whole clip in one window; guidance batches [with the prompt, without it]; J | C | M on 7 channels
+    base:  the whole clip in one window, a longer one in overlapping windows; guidance batches [with the prompt, without
+           it]; J | C | M on 7 channels, C and M from the request's application (`tasks.py`)
     SSR:   overlapping windows; each frame of the base's clip, noised and upscaled once, stands beside the noisy frame
 
 Frames inside are float32 in -1..1. A stage of a request is a `StageRun`: the engine's scheduler samples those of many
@@ -16,7 +17,7 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,8 @@ from pylumiere.errors import InvalidRequest
 from pylumiere.request import GenerationRequest
 from pylumiere.samplers import SamplerTable, make_table
 from pylumiere.schedules import make_schedule
+from pylumiere.styles import StyleChoice
+from pylumiere.tasks import Frame, Task, make_task
 from pylumiere.text import TextEncoder
 from pylumiere.windows import FrameBuffer, WindowPlan, frame_noise
 
@@ -53,6 +56,7 @@ class StagePlan:
     guidance_scale: float
     guidance_rescale: float
     threshold: float  # quantile of the per-frame dynamic threshold; 0 is a static clip to -1..1
+    style: StyleChoice | None = None  # other weights than the network's own
 
     @property
     def is_guided(self) -> bool:
@@ -66,8 +70,7 @@ class Plan:
     Attributes:
         sampler, num_inference_steps, guidance_scale: of the base stage.
         height, width: of the result.
-        conditioning: [T, h, w, 4] at the base's size: given pixels (0 where none are), and the mask, 1 where given.
-        initial: [T, h, w, 3] that strength < 1 starts from, or None.
+        task: what the user's pictures, clips and masks are to the networks.
     """
 
     request: GenerationRequest
@@ -81,8 +84,11 @@ class Plan:
     guidance_scale: float
     base: StagePlan
     ssr: StagePlan | None
-    conditioning: Tensor
-    initial: np.ndarray | None
+    task: Task
+
+    def styled(self, style: StyleChoice) -> Plan:
+        """The same plan with a style's weights in the base."""
+        return replace(self, base=replace(self.base, style=style))
 
 
 def ssr_scale(config: ModelConfig) -> int:
@@ -103,7 +109,7 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
         InvalidRequest: a value that this model does not take; the value and what is allowed are named.
     """
     network = config.base.network
-    num_frames = _num_frames(request, network.num_frames, network.temporal_factor)
+    num_frames = _num_frames(request, network.num_frames)
     made_for = network if config.ssr is None else config.ssr.network
     height = _side("height", request.height, made_for.height, size_step(config))
     width = _side("width", request.width, made_for.width, size_step(config))
@@ -116,18 +122,18 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
     base_size = (height // scale, width // scale)
     base = StagePlan(
         "base", BASE, _table(config.base, sampler, steps, request.strength),
-        WindowPlan(num_frames, window=num_frames, overlap=0, multiple=network.temporal_factor),
-        *base_size, float(guidance), defaults.guidance_rescale, defaults.threshold_percentile,
+        _base_windows(num_frames, network, request.loop), *base_size, float(guidance), defaults.guidance_rescale,
+        defaults.threshold_percentile,
     )  # fmt: skip
     ssr = None
     if config.ssr is not None:
         ssr = plan_ssr(
-            config, height, width, num_frames=num_frames, window=request.window_frames, overlap=request.window_overlap
-        )
-    conditioning, initial = _given(request, num_frames, *base_size)
+            config, height, width, num_frames=num_frames, window=request.window_frames,
+            overlap=request.window_overlap, loop=request.loop,
+        )  # fmt: skip
     return Plan(
         request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, float(guidance),
-        base, ssr, conditioning, initial,
+        base, ssr, make_task(request, Frame(height, width, scale, num_frames)),
     )  # fmt: skip
 
 
@@ -164,12 +170,19 @@ def plan_ssr(
     )  # fmt: skip
 
 
-def _num_frames(request: GenerationRequest, most: int, factor: int) -> int:
+def _base_windows(num_frames: int, network: STUNetConfig, loop: bool) -> WindowPlan:
+    """One window where the clip fits into it. Else, and in a loop, windows that share half of their frames; towards its
+    ends a window counts less, so that the picture passes from one to the next without a step."""
+    window = min(num_frames, network.num_frames)
+    if num_frames == window and not loop:
+        return WindowPlan(num_frames, window, 0, multiple=network.temporal_factor)
+    return WindowPlan(num_frames, window, window // 2, weights="linear", loop=loop, multiple=network.temporal_factor)
+
+
+def _num_frames(request: GenerationRequest, most: int) -> int:
+    """The request's, or the clip's own, or the network's."""
     default = most if request.video is None else len(request.video)
     num_frames = default if request.num_frames is None else request.num_frames
-    if num_frames % factor or num_frames > most:
-        steps = f" in steps of {factor}" if factor > 1 else ""
-        raise InvalidRequest(f"num_frames={num_frames}: this model makes {factor}..{most} frames{steps}")
     for name in ("video", "mask"):
         given = getattr(request, name)
         if given is not None and given.ndim == (4 if name == "video" else 3) and len(given) != num_frames:
@@ -189,54 +202,6 @@ def _table(stage: StageConfig, sampler: str, steps: int, strength: float = 1.0) 
     settings = stage.schedule
     schedule = make_schedule(settings.name, settings.num_train_timesteps, settings.logsnr_shift)
     return make_table(sampler, schedule, settings.prediction_type, steps, strength=strength)
-
-
-# ---- what is given: image, video, mask ------------------------------------------------------------------------------
-
-
-def _given(request: GenerationRequest, num_frames: int, height: int, width: int) -> tuple[Tensor, np.ndarray | None]:
-    """The conditioning (C, M) and the clip to start from. M is 1 where pixels are given; C is 0 where they are not.
-
-    Image: frame 0. Image and mask: a cinemagraph, all of frame 0 and the rest outside the mask. Video and mask: outside
-    the mask. Video alone conditions nothing; it is what `strength` starts from.
-    """
-    if request.image is None and request.video is None:
-        return torch.zeros(1, 1, 1, 4).expand(num_frames, height, width, -1), None  # one value, whatever the size
-    given = torch.zeros(num_frames, height, width, 3)
-    keep = torch.zeros(num_frames, height, width, 1)
-    outside = None
-    if request.mask is not None:
-        # A pixel of the small frame is kept only where all of its area is: the seam is made anew.
-        mask = request.mask.reshape(-1, *request.mask.shape[-2:], 1)
-        outside = (_fit(mask, height, width) < 0.001).float()
-    if request.image is not None:
-        given[:] = _fit(request.image[None], height, width) * 2 - 1
-        keep[0] = 1
-        if outside is not None:
-            keep[1:] = outside.expand(num_frames, -1, -1, -1)[1:]
-    elif request.video is not None:
-        clip = _fit(request.video, height, width) * 2 - 1
-        if outside is None:
-            return torch.cat([given, keep], -1), None if request.strength == 1.0 else clip.numpy()
-        given, keep = clip, outside.expand(num_frames, -1, -1, -1)
-        initial = None if request.strength == 1.0 else clip.numpy()
-        return torch.cat([given * keep, keep], -1), initial
-    return torch.cat([given * keep, keep], -1), None
-
-
-def _fit(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """[T, H, W, C], uint8 or float in 0..1, as float32 [T, height, width, C]: scaled to cover, middle cropped."""
-    scale = max(height / frames.shape[1], width / frames.shape[2])
-    covering = [max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))]
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    fitted = []
-    for frame in frames:  # one at a time: the input may be large
-        pixels = torch.from_numpy(frame.astype(np.float32)).permute(2, 0, 1)[None]
-        if frame.dtype == np.uint8:
-            pixels = pixels / 255
-        pixels = F.interpolate(pixels, covering, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        fitted.append(pixels[top : top + height, left : left + width])
-    return torch.stack(fitted)
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -282,6 +247,7 @@ class StageRun:
         given: (window, frames [L]) -> [L, h, w, C], the channels that stand beside the noisy ones.
         initial: the clip to start from, see `windows.sample_clip`.
         noise_level: for a network that takes one.
+        holds: given pixels are held at every step, see `tasks.hold`.
         source: conditioning frames that are made as they are needed; None where all are there.
         feed: what `source` reads, where that arrives from outside.
         length: frames of the clip; None while that is not known.
@@ -293,6 +259,7 @@ class StageRun:
     given: Callable[[int, np.ndarray], Tensor]
     initial: np.ndarray | None = None
     noise_level: float = 0.0
+    holds: bool = False
     source: FrameBuffer | None = None
     feed: Feed | None = None
     length: int | None = field(init=False)
@@ -322,9 +289,9 @@ class Pipeline:
 
     def base(self, plan: Plan, text: tuple[Tensor, Tensor]) -> StageRun:
         """The base stage of a request."""
-        conditioning = plan.conditioning
+        task = plan.task
         return StageRun(
-            plan.base, plan.seed, text, lambda window, frames: conditioning[torch.from_numpy(frames)], plan.initial
+            plan.base, plan.seed, text, lambda window, frames: task.given(frames), task.initial, holds=task.holds
         )
 
     def ssr(

@@ -372,12 +372,17 @@ class Scheduler:
         if not is_last or job._has_room():
             final = sampler.take_final(handle)
             if final is not None:
-                frames = final[1]
+                start, frames = final
                 work.taken += len(frames)
-                if is_last:
+                task = None if job._order.plan is None else job._order.plan.task
+                if task is not None and work.run.stage is job._order.plan.base:
+                    frames = task.settle(start, frames)
+                if not is_last:
+                    work.low.append(frames)
+                elif task is None or task.kept is None:
                     job._deliver(frames)
                 else:
-                    work.low.append(frames)
+                    job._deliver(task.kept.compose(start, frames))
         if not sampler.is_finished(handle) or work.taken < sampler.frames_final(handle):
             return
         with self.lock:
@@ -395,4 +400,5 @@ class Scheduler:
 
 
 def call_shape(stage: StagePlan, owner: int = 0) -> CallShape:
-    return CallShape(stage.name, stage.windows.call_frames, stage.height, stage.width, stage.is_guided, owner)
+    frames = stage.windows.call_frames
+    return CallShape(stage.name, frames, stage.height, stage.width, stage.is_guided, owner, stage.style)

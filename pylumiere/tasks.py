@@ -2,6 +2,7 @@
 
 The base network reads `<J, C, M>` on its channels: 3 noisy, 3 given pixels, 1 mask. M is 1 where C is given and 0 where
 the clip is to be made; C is 0 there. (A user's mask is the other way round, as in other tools: white is made anew.)
+Given pixels are also held: at every step the network's idea of them is replaced by C.
 
     image to video, keyframes   C, M: the given frames, whole
     inpainting, outpainting     C, M: every frame outside the mask, or inside the box that `expand` leaves
@@ -28,8 +29,6 @@ from torch import Tensor
 from pylumiere.errors import InvalidRequest
 from pylumiere.inputs import Placement, place
 from pylumiere.request import GenerationRequest
-
-_TOUCHED = 1 / 512  # of a pixel's area: less is rounding
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,6 @@ class Task:
         pictures: [k, h, w, 4] at the base's size: C in -1..1 and M, each different frame once.
         index: [T], which of the pictures stands beside each frame.
         initial: [T, h, w, 3] that `strength` starts from, or None for pure noise.
-        settled: [T], which of the pictures' given pixels replace the base's own before the next stage, so that this
-            sees what the result will show; None where the base's frames are left alone.
         kept: the user's pixels in the result, or None.
         style: name or file of the weights' style and its share, or None.
     """
@@ -76,7 +73,6 @@ class Task:
     pictures: Tensor
     index: np.ndarray
     initial: np.ndarray | None = None
-    settled: np.ndarray | None = None
     kept: Kept | None = None
     style: tuple[str, float] | None = None
 
@@ -84,11 +80,23 @@ class Task:
         """C and M, [..., h, w, 4], of the frames at the indices `frames` [...]."""
         return self.pictures[torch.from_numpy(self.index[np.asarray(frames)])]
 
+    @property
+    def num_bytes(self) -> int:
+        """What it keeps in memory."""
+        kept = () if self.kept is None else (self.kept.source, self.kept.made)
+        arrays = (self.pictures, self.index, *kept, *(() if self.initial is None else (self.initial,)))
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def holds(self) -> bool:
+        """Whether any pixel is given."""
+        return bool(self.pictures[..., 3].any())
+
     def settle(self, start: int, low: np.ndarray) -> np.ndarray:
-        """The base's frames from `start` on, [n, h, w, 3], with the pixels that `settled` asks for."""
-        if self.settled is None:
+        """The base's frames from `start` on, [n, h, w, 3], with the given pixels in their places."""
+        if not self.holds:
             return low
-        given = self.pictures[torch.from_numpy(self.settled[start : start + len(low)])].numpy()
+        given = self.given(np.arange(start, start + len(low))).numpy()
         return given[..., :3] + (1 - given[..., 3:]) * low
 
 
@@ -175,7 +183,7 @@ def inpainting(request: GenerationRequest, frame: Frame) -> Task:
     initial = None if request.strength == 1.0 else _start(request, frame)
     name = "inpainting" if request.mask is not None else "outpainting"
     index = np.arange(frame.num_frames, dtype=np.int32)
-    return Task(name, stacked, index, initial, index, kept)
+    return Task(name, stacked, index, initial, kept)
 
 
 def cinemagraph(request: GenerationRequest, frame: Frame) -> Task:
@@ -188,11 +196,10 @@ def cinemagraph(request: GenerationRequest, frame: Frame) -> Task:
     for mask in masks:
         keep = _whole_cells(shown * ~mask, frame)
         pictures.append(torch.cat([pixels * keep, keep], -1))
-    outside = 1 + np.arange(frame.num_frames, dtype=np.int32) % len(masks)
-    index = outside.copy()
+    index = 1 + np.arange(frame.num_frames, dtype=np.int32) % len(masks)
     index[0] = 0
     kept = Kept(request.image[None], placement, _made(masks, placement, frame.rim))
-    return Task("cinemagraph", torch.stack(pictures), index, None, outside, kept)
+    return Task("cinemagraph", torch.stack(pictures), index, kept=kept)
 
 
 def video_to_video(request: GenerationRequest, frame: Frame) -> Task:
@@ -235,22 +242,32 @@ def _shown(placement: Placement) -> np.ndarray:
     return shown
 
 
+def hold(out: Tensor, noisy: Tensor, given: Tensor, u: float, v: float) -> Tensor:
+    """A network's output with which the step's x0 = u * noisy + v * out is C wherever M is 1.
+
+    Args:
+        out, noisy: [..., 3]. given: [..., 4], C and M.
+    """
+    pixels, mask = given[..., :3], given[..., 3:]
+    return torch.where(mask > 0, (pixels - u * noisy) / v, out)
+
+
 def _masks(mask: np.ndarray | None, placement: Placement, frame: Frame) -> np.ndarray:
     """[j, H, W, 1] bool at the result's size, True where it is made anew, j of 1 or T; the margins of `expand` too."""
     margins = np.ones((*placement.frame, 1), bool)
     margins[placement.box] = False
     if mask is None:
         return margins[None]
-    layers = mask.reshape(-1, *mask.shape[-2:], 1)
+    layers = mask.reshape(-1, *mask.shape[-2:]) > 0
     if len(layers) not in (1, frame.num_frames):
         raise InvalidRequest(f"mask has {len(layers)} frames and the clip {frame.num_frames}; give equal numbers")
-    fitted = np.stack([placement.apply(layer) > _TOUCHED for layer in layers])
+    fitted = np.stack([placement.cover(layer) for layer in layers])
     inside = fitted[:, placement.inner[0], placement.inner[1]]
     if not inside.any() and not margins.any():
         raise InvalidRequest("mask: nothing white is left of it in the frame, so there is nothing to make")
     if inside.all():
         raise InvalidRequest("mask: all that is left of it in the frame is white, so nothing would be kept")
-    return margins | fitted
+    return margins | fitted[..., None]
 
 
 def _whole_cells(keep: np.ndarray, frame: Frame) -> Tensor:

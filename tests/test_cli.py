@@ -6,15 +6,24 @@ import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from pylumiere.checkpoint import load_checkpoint
 from pylumiere.cli import main
-from pylumiere.testing import write_random_model
+from pylumiere.config import model_preset
+from pylumiere.styles import fingerprint, save_style
+from pylumiere.testing import random_weights, write_random_model
 from pylumiere.video import Video, read_image, read_video
 
 
@@ -93,12 +102,24 @@ def test_given_pixels_reach_the_model(tiny, folder):
     half = np.zeros((1, 32, 32, 3), np.uint8)
     half[:, 16:] = 255
     Video(half, 16).save("mask")
+    Video(half[:, :12], 16).save("wide")
+    network = model_preset("tiny").base.network
+    weight = random_weights(network, 7)["conv_out.weight"]
+    save_style("style.safetensors", {"conv_out.weight": weight}, network, fingerprint(load_checkpoint(Path(tiny)).base))
     assert generate(tiny, "-o", "plain") == 0
     seen = [read_video("plain").frames]
     for name, arguments in {
         "image": ["--image", "picture"],
         "start": ["--video", "given", "--strength", "0.5"],
         "masked": ["--video", "given", "--mask", "mask"],
+        "crop": ["--image", "wide"],
+        "pad": ["--image", "wide", "--fit", "pad"],
+        "keyframes": ["--keyframes", "0:picture", "last:mask"],
+        "expand": ["--video", "given", "--expand", "left=8"],
+        "cinemagraph": ["--image", "picture", "--mask", "mask"],
+        "loop": ["--loop"],
+        "styled": ["--style", "style.safetensors"],
+        "half styled": ["--style", "style.safetensors", "--style-strength", "0.5"],
         "negative": ["--negative", "blue", "--guidance", "3"],
         "sampler": ["--sampler", "ddpm"],
     }.items():
@@ -129,13 +150,31 @@ def test_upscale_of_any_length_and_through_pipes(tiny, folder, capsys):
     assert not np.array_equal(read_video("looped.mp4").frames, read_video("large.mp4").frames)
 
 
+def write_bad_files(folder):
+    greys = [("wide", (32, 16), 99), ("black", (32, 16), 0), ("white", (32, 16), 255), ("tiny", (1, 1), 9)]
+    for name, size, grey in greys:
+        Image.new("L", size, grey).save(folder / f"{name}.png")
+    Image.fromarray(np.eye(2) > 0).save(folder / "dot.png")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    diagonal = 255 * np.eye(16, dtype=np.uint8)[None, :, :, None].repeat(3, -1)
+    for name, count in [("two", 2), ("three", 3)]:
+        Video(diagonal.repeat(count, 0), 16).save(folder / name)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    Video(noise, 16).save(folder / "cut.mp4")
+    data = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
+    save_file({"conv_out.weight": torch.zeros(3, 3)}, folder / "style.safetensors")
+
+
 BAD = {
     "no prompt": ([], "Missing argument 'prompt'"),
     "empty prompt": ([""], "prompt='': should be a text that is not empty"),
     "unknown option": (["x", "--stepz", "3"], "No such option: --stepz"),
     "no frames": (["x", "--frames", "0"], "--frames=0: should be greater than or equal to 1"),
     "negative frames": (["x", "--frames", "-5"], "--frames=-5: should be greater than or equal to 1"),
-    "frames that the network cannot divide": (["x", "--frames", "7"], "--frames=7: this model makes"),
     "frames that are no number": (["x", "--frames", "many"], "'--frames'"),
     "no steps": (["x", "--steps", "0"], "--steps=0: should be greater than or equal to 1"),
     "absurd size": (["x", "--size", "100000x100000"], "--size (height)=100000: should be less than or equal to"),
@@ -156,6 +195,23 @@ BAD = {
     "output is a folder": (["x", "-o", "../here.mp4"], "output '../here.mp4' is a folder"),
     "sheet is no png": (["x", "--sheet", "sheet.jpg"], "contact sheet 'sheet.jpg' must end in .png"),
     "image that is not there": (["x", "--image", "none.png"], "input 'none.png' cannot be read: No such file"),
+    "keyframe in another form": (["x", "--keyframes", "a.png"], "--keyframes='a.png': should be FRAME:FILE"),
+    "keyframe that is not there": (["x", "--keyframes", "0:none.png", "1:none.png"], "input 'none.png' cannot be read"),
+    "keyframe outside the clip": (["x", "--keyframes", "8:../wide.png"], "--keyframes: frame 8 is outside the clip"),
+    "unknown edge": (["x", "--image", "../wide.png", "--expand", "up=3"], "--expand='up=3': should be EDGE=PIXELS"),
+    "expand too far": (["x", "--image", "../wide.png", "--expand", "left=32"], "--expand=left=32: the frame is"),
+    "unknown fit": (["x", "--image", "../wide.png", "--fit", "zoom"], "--fit='zoom': should be 'crop', 'pad'"),
+    "unknown style": (["x", "--style", "oil"], "--style='oil': no such file, and no style of this model; it has: none"),
+    "style strength": (["x", "--style", "oil", "--style-strength", "2"], "--style-strength=2.0: should be less than"),
+    "style of another model": (["x", "--style", "../style.safetensors"], "was made for another model"),
+    "no strength": (["x", "--video", "../wide.png", "--strength", "0"], "--strength=0.0: should be greater than 0"),
+    "mask of another size": (["x", "--image", "../wide.png", "--mask", "../dot.png"], "mask is 2 x 2 and the frames"),
+    "mask of another length": (["x", "--video", "../two", "--mask", "../three"], "mask has 3 frames and video has 2"),
+    "black mask": (["x", "--image", "../wide.png", "--mask", "../black.png"], "--mask: is black all over"),
+    "white mask": (["x", "--image", "../wide.png", "--mask", "../white.png"], "--mask: is white all over"),
+    "tiny image": (["x", "--image", "../tiny.png"], "input '../tiny.png' is 1 x 1; at least 2 x 2"),
+    "huge image": (["x", "--image", "../huge.png"], "more than 67108864 pixels"),
+    "cut video": (["x", "--video", "../cut.mp4", "--strength", "0.5"], "input '../cut.mp4' is damaged"),
     "image that is no image": (["x", "--image", "../text.png"], "input '../text.png' is damaged or no video"),
 }
 
@@ -164,6 +220,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(tiny, folder, capsys, arguments, text):
     (folder.parent / "here.mp4").mkdir()
     (folder.parent / "text.png").write_text("not a picture")
+    write_bad_files(folder.parent)
     model = [] if "--model" in arguments else ["--model", tiny]
     assert main(["generate", *arguments, *model]) == 2
     out, err = capsys.readouterr()

@@ -89,15 +89,12 @@ def test_a_drawn_seed_is_reported_and_differs():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_frames": 7}, "num_frames=7: this model makes 2..8 frames in steps of 2"),
-        ({"num_frames": 1}, "num_frames=1: this model makes 2..8"),
-        ({"num_frames": 10}, "num_frames=10: this model makes 2..8"),
         ({"height": 30}, "height=30: this model makes multiples of 8 up to 128"),
         ({"width": 8192}, "width=8192: this model makes multiples of 8 up to 128"),
         ({"sampler": "euler"}, "sampler 'euler' needs a flow schedule"),
         ({"window_frames": 1, "window_overlap": 1}, "window_overlap=1 should be smaller"),
         ({"window_overlap": 4}, "window_overlap=4 should be smaller than window_frames=4"),
-        ({"video": np.zeros((7, 4, 4, 3), np.uint8), "strength": 0.5}, "num_frames=7: this model makes"),
+        ({"keyframes": {8: np.zeros((4, 4, 3), np.uint8)}}, "keyframes: frame 8 is outside the clip"),
         ({"video": np.zeros((8, 4, 4, 3), np.uint8), "strength": 0.5, "num_frames": 6}, "num_frames=6: video has 8"),
         (
             {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.eye(4, dtype=bool)[None].repeat(6, 0)},
@@ -114,70 +111,36 @@ def test_window_smaller_than_the_models_overlap():
     assert plan_of(window_frames=1).ssr.windows.overlap == 0
 
 
-# ---- conditioning ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("num_frames", "loop", "window", "overlap", "num_windows"),
+    [(8, False, 8, 0, 1), (5, False, 5, 0, 1), (1, False, 1, 0, 1), (9, False, 8, 4, 2), (20, False, 8, 4, 4),
+     (8, True, 8, 4, 2), (6, True, 6, 3, 2), (21, True, 8, 4, 6)],
+)  # fmt: skip
+def test_windows_of_the_base(num_frames, loop, window, overlap, num_windows):
+    """Any length: the network's multiple is filled up by repeating the last frame, which is then dropped."""
+    windows = plan_of(num_frames=num_frames, loop=loop).base.windows
+    assert (windows.window, windows.overlap, windows.num_windows) == (window, overlap, num_windows)
+    assert windows.call_frames % BASE.temporal_factor == 0 and windows.loop == loop
+
+
+def test_strength_runs_fewer_steps():
+    assert len(plan_of(video=CLIP, strength=0.5).base.table.timesteps) == 2
+
 
 CLIP = np.random.default_rng(0).random((8, 16, 16, 3)).astype(np.float32)  # at the base's own size: no scaling
+REGION = np.zeros((16, 16), bool)
+REGION[4:10, 6:] = True
 
 
-def test_without_pixels_nothing_is_given():
-    plan = plan_of()
-    assert plan.conditioning.shape == (8, 16, 16, 4) and not plan.conditioning.any() and plan.initial is None
-
-
-def test_image_is_the_first_frame():
-    given, keep = plan_of(image=CLIP[0]).conditioning.split([3, 1], -1)
-    np.testing.assert_allclose(given[0], CLIP[0] * 2 - 1, atol=1e-6)
-    assert (keep[0] == 1).all() and not keep[1:].any() and not given[1:].any()
-
-
-def test_mask_is_one_where_the_clip_is_made():
-    mask = np.zeros((16, 16), bool)
-    mask[4:8, 4:8] = True
-    given, keep = plan_of(video=CLIP, mask=mask).conditioning.split([3, 1], -1)
-    np.testing.assert_array_equal(keep[..., 0], np.broadcast_to(~mask, (8, 16, 16)))
-    np.testing.assert_allclose(given, (CLIP * 2 - 1) * ~mask[..., None], atol=1e-6)
-
-
-def test_image_and_mask_are_a_cinemagraph():
-    mask = np.zeros((16, 16), bool)
-    mask[:, 8:] = True
-    given, keep = plan_of(image=CLIP[0], mask=mask).conditioning.split([3, 1], -1)
-    assert (keep[0] == 1).all()
-    np.testing.assert_array_equal(keep[1:, ..., 0], np.broadcast_to(~mask, (7, 16, 16)))
-    np.testing.assert_allclose(given[5], (CLIP[0] * 2 - 1) * ~mask[..., None], atol=1e-6)
-
-
-def test_small_frames_keep_only_pixels_that_are_kept_whole():
-    mask = np.zeros((64, 64), bool)
-    mask[0, 0] = True
-    keep = plan_of(video=np.zeros((8, 64, 64, 3), np.uint8), mask=mask).conditioning[..., 3]
-    assert keep[:, 0, 0].max() == 0 and keep[:, 8:, 8:].min() == 1
-
-
-def test_other_shapes_are_scaled_to_cover_and_cropped():
-    wide = np.zeros((8, 32, 3), np.uint8)
-    wide[:, 8:24] = 255  # the middle half: all that is left after the crop
-    given = plan_of(image=wide).conditioning[0, :, 2:-2, :3]
-    np.testing.assert_allclose(given, 1, atol=1e-6)
-
-
-def test_strength_starts_from_the_video_and_runs_fewer_steps():
-    plan = plan_of(video=CLIP, strength=0.5)
-    np.testing.assert_allclose(plan.initial, CLIP * 2 - 1, atol=1e-6)
-    assert len(plan.base.table.timesteps) == 2 and not plan.conditioning.any()
-
-
-def test_uint8_and_float_pixels_are_the_same_picture():
-    eight_bit = np.random.default_rng(3).integers(0, 256, (40, 24, 3), dtype=np.uint8)
-    one, two = (plan_of(image=image).conditioning for image in (eight_bit, eight_bit / 255))
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+def given_of(plan):
+    return plan.task.given(np.arange(plan.num_frames))
 
 
 # ---- the two stages against a loop over the whole clip ---------------------------------------------------------------
 
 
-def step_by_step(predict, table, shape, seed, stage, guidance, initial=None):
-    """The sampler on the whole clip, float64 between the network's calls."""
+def step_by_step(predict, table, shape, seed, stage, guidance, initial=None, given=None):
+    """The sampler on the whole clip, float64 between the network's calls; given pixels are held."""
     num_frames, positions = shape[0], int(np.prod(shape[1:]))
 
     def noise(step):
@@ -191,25 +154,49 @@ def step_by_step(predict, table, shape, seed, stage, guidance, initial=None):
         conditional, unconditional = predict(x.float(), float(time))
         out = unconditional + guidance * (conditional - unconditional)
         clean = (u * x + v * out.double()).clamp(-1, 1)
+        if given is not None:
+            clean = torch.where(given[..., 3:] > 0, given[..., :3].double(), clean)
         x = p * x + q * clean + r * previous + (n * noise(step) if n else 0)
         previous = clean
     return x
 
 
+def windows_of(num_frames, loop):
+    """Frames of each window of the base and their weights: a triangle over the window, normalised per frame."""
+    size = min(num_frames, BASE.num_frames)
+    if num_frames == size and not loop:
+        return [(np.arange(size), np.ones(size))]
+    stride = size - size // 2
+    starts = range(0, num_frames, stride) if loop else [*range(0, num_frames - size, stride), num_frames - size]
+    triangle = np.minimum(np.arange(size) + 1, size - np.arange(size))
+    windows = [((start + np.arange(size)) % num_frames, triangle) for start in starts]
+    total = np.zeros(num_frames)
+    for frames, weights in windows:
+        total[frames] += weights
+    return [(frames, weights / total[frames]) for frames, weights in windows]
+
+
 def base_oracle(checkpoint, plan, encoder):
-    network = build_network(BASE, checkpoint.base)
+    network, given = build_network(BASE, checkpoint.base), given_of(plan)
 
     def predict(x, time):
-        sample = torch.cat([x, plan.conditioning], -1)[None]
         outs = []
         for prompt in (plan.request.prompt, plan.request.negative_prompt):
             text, mask = encoder.encode([prompt])
-            outs.append(network(sample, torch.tensor([time]), text, mask)[0])
+            out = torch.zeros(x.shape, dtype=torch.float64)
+            for frames, weights in windows_of(plan.num_frames, plan.request.loop):
+                fill = len(frames) + -len(frames) % BASE.temporal_factor
+                reads = frames[np.minimum(np.arange(fill), len(frames) - 1)]
+                sample = torch.cat([x, given], -1)[reads][None]
+                part = network(sample, torch.tensor([time]), text, mask)[0, : len(frames)]
+                out[frames] += torch.from_numpy(weights)[:, None, None, None] * part
+            outs.append(out)
         return outs
 
     return step_by_step(
-        predict, plan.base.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.initial
-    )
+        predict, plan.base.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.task.initial,
+        given,
+    )  # fmt: skip
 
 
 def ssr_oracle(checkpoint, stage, low, seed):
@@ -245,9 +232,16 @@ def ssr_oracle(checkpoint, stage, low, seed):
         {"sampler": "ddpm", "negative_prompt": "blue"},
         {"sampler": "ddim", "image": CLIP[0]},
         {"video": CLIP, "strength": 0.5},
+        {"video": CLIP, "mask": REGION, "strength": 0.7},
+        {"image": CLIP[0], "mask": REGION, "keyframes": None},
+        {"num_frames": 7},
+        {"num_frames": 19, "keyframes": {0: CLIP[0], -1: CLIP[1]}},
+        {"num_frames": 12, "loop": True},
+        {"loop": True, "image": CLIP[0]},
         {"num_frames": 4, "height": 48},
     ],
-    ids=["guided", "unguided", "stochastic", "image", "strength", "size"],
+    ids=["guided", "unguided", "stochastic", "image", "strength", "inpainting", "cinemagraph", "odd", "long", "loop",
+         "short loop", "size"],
 )
 @torch.inference_mode()
 def test_base_equals_a_plain_loop(checkpoint, pipeline, fields):
@@ -336,7 +330,7 @@ def test_order_of_channels_and_of_guidance(checkpoint, pipeline):
     first = frame_noise(1, 0, -1, list(range(8)), 16 * 16 * 3).view(8, 16, 16, 3) * plan.base.table.init_sigma
     torch.testing.assert_close(sample[0, ..., :3], first)
     assert torch.equal(sample[0], sample[1])
-    assert torch.equal(sample[0, ..., 3:], plan.conditioning)
+    assert torch.equal(sample[0, ..., 3:], given_of(plan))
     assert times.tolist() == [plan.base.table.timesteps[0]] * 2
     expected, expected_mask = pipeline.encoder.encode(["a red circle", ""])
     assert torch.equal(text, expected) and torch.equal(mask, expected_mask)

@@ -6,6 +6,8 @@ count is fixed when the backend is made, because a result's last bits may depend
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +18,9 @@ from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.checkpoint import Checkpoint, build_network
 from pylumiere.config import STUNetConfig
 from pylumiere.model import PlainOps, STUNet
+from pylumiere.styles import StyleChoice, fingerprint
+
+STYLED_NETWORKS = 4  # kept; each holds the weights that its style changes
 
 
 class TorchBackend:
@@ -25,9 +30,11 @@ class TorchBackend:
         device, dtype: where and in what number format the networks compute. Samples and predictions are float32.
         num_threads: of one call on the CPU.
         weight_bytes: of both networks, as they are held.
+        fingerprint: of the base's weights; what a style was made for.
     """
 
     name = "torch"
+    takes_styles = True
 
     def __init__(self, checkpoint: Checkpoint, choice: Choice):
         self.device, self.dtype = choice.device, choice.dtype
@@ -37,6 +44,9 @@ class TorchBackend:
             self._networks["ssr"] = self._prepare(checkpoint.config.ssr.network, checkpoint.ssr)
         tensors = [tensor for network in self._networks.values() for tensor in network.state_dict().values()]
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.fingerprint = fingerprint(checkpoint.base)
+        self._styled: OrderedDict[StyleChoice, STUNet] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _ops(self) -> PlainOps:
         return CpuOps() if self.device.type == "cpu" else PlainOps()
@@ -46,6 +56,22 @@ class TorchBackend:
         network = build_network(config, prepared)
         network.ops = self._ops()
         return network
+
+    def _styled_network(self, choice: StyleChoice) -> STUNet:
+        """The base network with a style's weights; it shares all weights that the style does not change."""
+        with self._lock:
+            network = self._styled.get(choice)
+            if network is None:
+                plain = self._networks["base"]
+                weights = plain.state_dict()
+                mixed = choice.style.weights(weights, choice.strength)
+                network = build_network(plain.config, weights | {n: _channels_last(w) for n, w in mixed.items()})
+                network.ops = plain.ops
+                self._styled[choice] = network
+                while len(self._styled) > STYLED_NETWORKS:
+                    self._styled.popitem(last=False)
+            self._styled.move_to_end(choice)
+            return network
 
     @torch.inference_mode()
     def predict(
@@ -58,6 +84,7 @@ class TorchBackend:
         noise_level: Tensor | None = None,
         *,
         num_threads: int | None = None,
+        style: StyleChoice | None = None,
     ) -> Tensor:
         """One network call.
 
@@ -68,6 +95,7 @@ class TorchBackend:
             text, text_mask: [B, L, D] float32 and [B, L] bool, for a network with text.
             noise_level: [B] float32, for a network that takes one.
             num_threads: of this call on the CPU; the backend's own number if None.
+            style: weights of the base network to use instead of its own; made at the first call and kept.
 
         Returns:
             [B, T, H, W, 3] float32, contiguous.
@@ -75,7 +103,8 @@ class TorchBackend:
         num_threads = num_threads or self.num_threads
         if self.device.type == "cpu" and torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)  # per thread of the caller
-        return self._networks[stage](sample, timesteps, text, text_mask, noise_level).contiguous()
+        network = self._networks[stage] if style is None else self._styled_network(style)
+        return network(sample, timesteps, text, text_mask, noise_level).contiguous()
 
     def check(self, stage: str, shape: tuple[int, ...]) -> None:
         """Raises InvalidRequest where a sample of this shape cannot be computed; here every one can."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 
-def run_chaos(server, *, kills: int, clients: int, seconds_between: float, fields=None, patience: float = 120.0) -> dict:
+def run_chaos(server, *, kills: int, clients: int, seconds_between: float, fields=None, patience=120.0) -> dict:
     """`server` has start() -> url, kill(), close(). A job that was accepted must end, and its file must be whole."""
     accepted: dict[str, dict] = {}
     errors: list[str] = []
@@ -25,7 +25,8 @@ def run_chaos(server, *, kills: int, clients: int, seconds_between: float, field
     def client(number: int) -> None:
         draw = random.Random(number)
         while not stop.is_set():
-            request = {"prompt": f"a {draw.choice(['red', 'blue'])} circle", "seed": draw.randrange(4), **(fields or {})}
+            prompt = f"a {draw.choice(['red', 'blue'])} circle"
+            request = {"prompt": prompt, "seed": draw.randrange(4), **(fields or {})}
             try:
                 with httpx.Client(base_url=address["url"], timeout=10) as http:
                     answer = http.post("/v1/videos", json=request)
@@ -99,6 +100,8 @@ def main() -> None:
     import importlib.util
     import json
 
+    from pylumiere.bench.facts import append_row
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--kills", type=int, default=20)
@@ -125,8 +128,7 @@ def main() -> None:
     row = {"bench": "chaos", "model": options.model, **fields, **report, "different_files": len(hashes)}
     print(json.dumps(row, indent=1))
     if options.json:
-        with open(options.json, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(Path(options.json), row)
 
 
 if __name__ == "__main__":

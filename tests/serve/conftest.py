@@ -19,16 +19,16 @@ import pytest
 for _name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "openai", "httpx"):
     pytest.importorskip(_name, reason="the serve extra and its test packages are not installed")
 
-import httpx
-import openai
+import httpx  # noqa: E402
+import openai  # noqa: E402
 
-from pylumiere.engine import Engine
-from pylumiere.serve.app import Limits, Service
-from pylumiere.serve.jobs import LocalWorker
-from pylumiere.serve.keys import KeyRing
-from pylumiere.serve.server import listening_socket, make_server
-from pylumiere.serve.store import Store
-from pylumiere.testing import write_random_model
+from pylumiere.engine import Engine  # noqa: E402
+from pylumiere.serve.app import Limits, Service  # noqa: E402
+from pylumiere.serve.jobs import LocalWorker  # noqa: E402
+from pylumiere.serve.keys import KeyRing  # noqa: E402
+from pylumiere.serve.server import listening_socket, make_server  # noqa: E402
+from pylumiere.serve.store import Store  # noqa: E402
+from pylumiere.testing import write_random_model  # noqa: E402
 
 SLOW = {"num_inference_steps": 1000}  # a clip that is still running when it is cancelled
 
@@ -47,8 +47,8 @@ def engine(model):
 class Running:
     """A served service: `url`, the service itself, and an httpx client."""
 
-    def __init__(self, engine, folder, *, keys=None, limits=Limits(), concurrency=2, **store):
-        self.service = Service(engine.config, Store(folder, **store), keys, limits, concurrency)
+    def __init__(self, engine, folder, *, keys=None, limits=None, concurrency=2, **store):
+        self.service = Service(engine.config, Store(folder, **store), keys, limits or Limits(), concurrency)
         worker = LocalWorker(engine)
         worker.watch(self.service.metrics)
         listener = listening_socket("127.0.0.1", 0)

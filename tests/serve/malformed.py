@@ -5,6 +5,7 @@ As a command, against a server of its own: python -P tests/serve/malformed.py --
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,11 +16,11 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-PATHS = ["/v1/videos", "/v1/videos", "/v1/videos", "/v1/videos/edits", "/v1/videos/video_{hex}", "/v1/videos/{junk}/remix",
+PATHS = [*3 * ["/v1/videos"], "/v1/videos/edits", "/v1/videos/video_{hex}", "/v1/videos/{junk}/remix",
          "/v1/videos/video_{hex}/content?variant={junk}", "/v1/videos?limit={junk}", "/v1/videos/{junk}/events",
          "/v1/models/{junk}", "/v1/{junk}"]  # fmt: skip
 FIELDS = ["prompt", "seconds", "size", "seed", "num_frames", "fps", "sampler", "model", "input_reference",
-          "guidance_scale", "num_inference_steps", "negative_prompt", "window_frames", "window_overlap", "junk"]  # fmt: skip
+          "guidance_scale", "num_inference_steps", "negative_prompt", "window_overlap", "junk"]  # fmt: skip
 
 
 def run_malformed(url: str, *, count: int, seed: int, memory_of: int | None = None) -> dict:
@@ -78,7 +79,8 @@ def _form(draw: random.Random) -> bytes:
         name = draw.choice([*FIELDS, "input_reference[image_url]", "input_reference[", "a[b][c]", _junk(draw, 9)])
         file = draw.choice(["", '; filename="../../x.png"', "; filename*=utf-16''%ff"])
         head = f'Content-Disposition: form-data; name="{name}"{file}\r\n'
-        parts.append(b"--x\r\n" + head.encode("utf-8", "replace") + b"\r\n" + draw.randbytes(draw.randrange(300)) + b"\r\n")
+        data = draw.randbytes(draw.randrange(300))
+        parts.append(b"--x\r\n" + head.encode("utf-8", "replace") + b"\r\n" + data + b"\r\n")
     text = b"".join(parts) + b'--x\r\nContent-Disposition: form-data; name="junk"\r\n\r\n1\r\n--x--\r\n'
     return text if draw.random() < 0.5 else text[: draw.randrange(len(text))]
 
@@ -87,7 +89,8 @@ def _request(draw: random.Random, host: str) -> bytes:
     """A request that is wrong in at least one way; its length is stated truly, so that an answer is due."""
     path = draw.choice(PATHS).format(hex=f"{draw.getrandbits(128):032x}", junk="".join(
         f"%{byte:02x}" for byte in draw.randbytes(draw.randrange(1, 12))))  # fmt: skip
-    method = "POST" if path in ("/v1/videos", "/v1/videos/edits") else draw.choice(["GET", "POST", "DELETE", "PATCH", "XX"])
+    methods = ["POST"] if path in ("/v1/videos", "/v1/videos/edits") else ["GET", "POST", "DELETE", "PATCH", "XX"]
+    method = draw.choice(methods)
     body, kind = draw.choice([
         (_json(draw), "application/json"), (_form(draw), "multipart/form-data; boundary=x"),
         (_form(draw), "multipart/form-data"), (_form(draw), "multipart/form-data; boundary=x; charset=utf-7"),
@@ -102,16 +105,12 @@ def _request(draw: random.Random, host: str) -> bytes:
 
 def _send(address, request: bytes) -> tuple[int | None, bool]:
     with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # an early answer
             connection.sendall(request)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # an early answer
         data = b""
-        try:
+        with contextlib.suppress(ConnectionResetError):
             while piece := connection.recv(65536):
                 data += piece
-        except ConnectionResetError:
-            pass
     head, _, body = data.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 "):
         return None, False
@@ -131,6 +130,8 @@ def main() -> None:
     import importlib.util
     import tempfile
 
+    from pylumiere.bench.facts import append_row
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--count", type=int, default=10_000)
@@ -149,8 +150,7 @@ def main() -> None:
     row = {"bench": "malformed", "model": options.model, **report}
     print(json.dumps(row))
     if options.json:
-        with open(options.json, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(Path(options.json), row)
 
 
 if __name__ == "__main__":

@@ -211,8 +211,9 @@ def test_names_and_contrast(server, open_page, scheme):
     pairs = page.evaluate(
         """() => {
         const behind = (e) => { for (; e; e = e.parentElement) {
-            const c = getComputedStyle(e).backgroundColor; if (!c.startsWith('rgba') || !c.endsWith(' 0)')) return c; } };
-        return [...document.querySelectorAll('h1,h2,h3,label,.facts,.hint,.plain,.primary,summary,.model,.field output')]
+            const c = getComputedStyle(e).backgroundColor;
+            if (!c.startsWith('rgba') || !c.endsWith(' 0)')) return c; } };
+        return [...document.querySelectorAll('h1,h2,h3,label,.facts,.hint,.plain,.primary,summary,.model,output')]
             .filter((e) => e.checkVisibility())
             .map((e) => [e.className || e.tagName, getComputedStyle(e).color, behind(e)]);
         }"""

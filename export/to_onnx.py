@@ -113,9 +113,9 @@ def trace(forward: Forward, weight_shapes: Mapping[str, tuple[int, ...]], spec: 
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     model = program.model
     names = [*(f"inputs_{name}" for name in values), *(f"weights_{name.replace('.', '_')}" for name in weights)]
-    found = [value.name for value in model.graph.inputs]
-    if found != names:
-        wrong = next((pair for pair in zip(found, names, strict=False) if pair[0] != pair[1]), (len(found), len(names)))
+    found = [value.name.lower() for value in model.graph.inputs]  # capitals are lost on the way
+    if found != [name.lower() for name in names]:
+        wrong = next((p for p in zip(found, names, strict=False) if p[0] != p[1].lower()), (len(found), len(names)))
         raise RuntimeError(f"the exporter's inputs are not those that were given: {wrong}")
     for value, name in zip(model.graph.inputs, [*values, *weights], strict=True):
         value.name = name

@@ -11,6 +11,7 @@ networks, Zen 5). It also means that every network call has one row, whatever th
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -27,9 +28,11 @@ from pylumiere.errors import InvalidRequest
 from pylumiere.pipeline import StageRun
 from pylumiere.styles import StyleChoice
 from pylumiere.tasks import hold
+from pylumiere.tracing import Tracer
 from pylumiere.windows import Batch, BatchSampler, NonFiniteOutput
 
 if TYPE_CHECKING:
+    from pylumiere.backends.graphs import DeviceCalls
     from pylumiere.backends.torch import TorchBackend
 
 
@@ -53,10 +56,11 @@ class Bucket:
         network, text_tokens: what the calls are made of.
         capacity: windows of a call.
         fixed_batch: every call has exactly that many; missing ones repeat the first.
+        device_calls: streams and graphs of a GPU.
     """
 
     def __init__(self, backend: TorchBackend, network: STUNetConfig, text_tokens: int, shape: CallShape, *,
-                 capacity: int, fixed_batch: bool):  # fmt: skip
+                 capacity: int, fixed_batch: bool, device_calls: DeviceCalls | None = None):  # fmt: skip
         self.shape, self.backend = shape, backend
         self.groups = 2 if shape.guided else 1
         frame = (shape.height, shape.width, 3)
@@ -66,8 +70,12 @@ class Bucket:
             fixed_batch=fixed_batch, num_threads=backend.num_threads if values > 2**21 else 1,
         )  # fmt: skip
         rows, device = self.groups * capacity, backend.device
+        self._device_calls, self._graph = device_calls, None
+        on_gpu = device_calls is not None
         self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
-        self._out = torch.zeros(rows, shape.frames, *frame)
+        self._given = self._sample if not on_gpu else torch.zeros(self._sample.shape, pin_memory=True)
+        self._times = torch.zeros(rows, device=device)
+        self._out = torch.zeros(rows, shape.frames, *frame, pin_memory=on_gpu)
         self._text = self._mask = self._level = None
         if network.text_dim:
             self._text = torch.zeros(rows, text_tokens, network.text_dim, device=device)
@@ -138,8 +146,8 @@ class Bucket:
             InvalidRequest: an input that ended too early.
         """
         batch, rows = self.call.batch, len(self.call.batch.x)
-        sample = self._rows(self._sample, rows)
-        sample[..., :3] = torch.from_numpy(batch.x).to(sample.device)
+        sample = self._rows(self._given, rows)
+        sample[..., :3] = torch.from_numpy(batch.x)
         for row in range(rows):
             source = row if row < batch.num_tasks else 0  # the others repeat the first
             run = self.runs.get(int(batch.clips[source]))
@@ -150,7 +158,7 @@ class Bucket:
                 available, _ = run.source.require(int(frames.max()) + 1)
                 if available <= int(frames.max()):
                     raise InvalidRequest(f"the input ended after {available} of {run.length} frames")
-            sample[:, row, ..., 3:] = run.given(int(batch.windows[source]), frames).to(sample.device)
+            sample[:, row, ..., 3:] = run.given(int(batch.windows[source]), frames)
             if self._text is not None:
                 text, mask = run.text
                 self._rows(self._text, rows)[:, row] = text[: self.groups]
@@ -158,16 +166,43 @@ class Bucket:
             if self._level is not None:
                 self._rows(self._level, rows)[:, row] = run.noise_level
         self.call.held = self._held()
-        self.call.times = torch.from_numpy(np.tile(batch.timesteps, self.groups)).to(sample.device)
+        count = self.groups * rows
+        self._times[:count] = torch.from_numpy(np.tile(batch.timesteps, self.groups))
+        if self._device_calls is not None:
+            self._device_calls.copy_in(self._sample[:count], self._given[:count])
 
     def compute(self, rows: slice, num_threads: int | None) -> None:
         """Computes some rows of the current call. From any thread, several at once."""
+        if self._device_calls is None:
+            self._out[rows].copy_(self._hold(self._predict(rows, num_threads), rows))
+            return
+        graph = self._graph if rows == slice(0, len(self._sample)) else None
+        self._device_calls.run(
+            lambda: self._hold(self._predict(rows) if graph is None else graph(), rows), self._out[rows]
+        )
+
+    def warm_up(self, num_threads: int | None, part_rows: int | None) -> None:
+        """Calls the network once, in the shape of a part, so that what libraries prepare is prepared; from a lane."""
+        self._predict(slice(0, part_rows or len(self._sample)), num_threads)
+
+    def capture(self) -> None:
+        """Captures the full call as a CUDA graph. Nothing without a GPU; once."""
+        if self._device_calls is None or self._graph is not None:
+            return
+        graph, result = self._device_calls.capture(lambda: self._predict(slice(0, len(self._sample))))
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        self._graph = replay
+
+    def _predict(self, rows: slice, num_threads: int | None = None) -> Tensor:
         part = [None if t is None else t[rows] for t in (self._text, self._mask, self._level)]
         style = {} if self.shape.style is None else {"style": self.shape.style}
-        out = self.backend.predict(
-            self.shape.stage, self._sample[rows], self.call.times[rows], *part, num_threads=num_threads, **style
+        return self.backend.predict(
+            self.shape.stage, self._sample[rows], self._times[rows], *part, num_threads=num_threads, **style
         )
-        self._out[rows].copy_(self._hold(out, rows))
 
     def _hold(self, out: Tensor, rows: slice) -> Tensor:
         """Given pixels held in the rows of clips that ask for it."""
@@ -238,12 +273,11 @@ class Call:
 
     bucket: Bucket
     batch: Batch
-    times: Tensor | None = None
-    held: dict[int, tuple[float, float]] = field(default_factory=dict)
     is_sent: bool = False
     missing: int = 0
     errors: dict[int, BaseException] = field(default_factory=dict)
     seconds: float = 0.0
+    begun: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -257,10 +291,13 @@ class Lanes:
         count: parts that are computed at once.
         num_threads: of one part; None where the device decides.
         part_rows: rows of one part; None for the whole call.
-        done: called with a call after each of its parts, from a lane.
+        done: called with a call and seconds after each of its parts, from a lane.
+        tracer: makes a range of every part.
     """
 
-    def __init__(self, count: int, num_threads: int | None, part_rows: int | None, done: Callable[[Call, float], None]):
+    def __init__(self, count: int, num_threads: int | None, part_rows: int | None,
+                 done: Callable[[Call, float], None], tracer: Tracer):  # fmt: skip
+        self._tracer = tracer
         self.count, self.num_threads, self.part_rows = count, num_threads, part_rows
         self._done = done
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -274,8 +311,30 @@ class Lanes:
         parts = [slice(first, min(first + step, call.rows)) for first in range(0, call.rows, step)]
         call.missing, call.is_sent = len(parts), True
         for part in parts:
-            self._queue.put((call, part))
+            self._queue.put(functools.partial(self._compute, call, part))
         return len(parts)
+
+    def in_each(self, function: Callable[[int | None, int | None], None]) -> None:
+        """Runs `function(num_threads, part_rows)` once in every lane, and waits; raises what it raised."""
+        if not self._threads:
+            self._start()
+        barrier, errors, done = threading.Barrier(self.count), [], threading.Semaphore(0)
+
+        def once() -> None:
+            try:
+                barrier.wait()
+                function(self.num_threads, self.part_rows)
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.release()
+
+        for _ in range(self.count):
+            self._queue.put(once)
+        for _ in range(self.count):
+            done.acquire()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         for _ in self._threads:
@@ -299,11 +358,14 @@ class Lanes:
         item = self._queue.get()
         if item is None:
             return False
-        call, rows = item
+        item()
+        return True
+
+    def _compute(self, call: Call, rows: slice) -> None:
         begun = time.perf_counter()
         try:
-            call.bucket.compute(rows, self.num_threads)
+            with self._tracer.range(call.bucket.shape.stage):
+                call.bucket.compute(rows, self.num_threads)
         except BaseException as error:  # to those whose rows they are
             call.errors.update(dict.fromkeys(range(rows.start, rows.stop), error))
         self._done(call, time.perf_counter() - begun)
-        return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
@@ -23,7 +24,16 @@ from pylumiere.config import ModelConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.jobs import Chunk, Job, Order, Stream
 from pylumiere.loading import load_model, make_backend
-from pylumiere.memory import Budget, CallBytes, Need, activation_bytes, parse_bytes, resident_bytes
+from pylumiere.memory import (
+    LIBRARY_BYTES,
+    OWN_FACTOR,
+    Budget,
+    CallBytes,
+    Need,
+    activation_bytes,
+    parse_bytes,
+    resident_bytes,
+)
 from pylumiere.pipeline import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
 from pylumiere.scheduling import Scheduler, call_shape
@@ -76,12 +86,14 @@ class Engine:
         self._read_styles: dict[tuple, Style] = {}
         self._pipeline = Pipeline(self.config, self._backend, checkpoint.text_encoder())
         # On a CPU two lanes, each with half of the threads. A row is a part of its own, so that a call's shape is
-        # fixed; without `reproducible` a lane takes its share of the rows at once.
-        self._lanes = min(2, self._backend.num_threads) if on_cpu else 1
+        # fixed; without `reproducible` a lane takes its share of the rows at once. On a GPU one lane copies while the
+        # other's call computes.
+        self._lanes = min(2, self._backend.num_threads) if on_cpu else 2
         self._max_batch = max_batch
         fixed = {"weights": self._backend.weight_bytes}
-        if on_cpu:
-            fixed["process"] = max(0, resident_bytes() - self._backend.weight_bytes)
+        if on_cpu and memory_budget is not None:
+            self._pipeline.encoder.encode([""])  # its weights are read at the first prompt
+            fixed["process"] = max(0, resident_bytes() - self._backend.weight_bytes) + LIBRARY_BYTES
         budget = Budget(memory_budget, fixed)
         budget.check()
         self._scheduler = Scheduler(
@@ -89,7 +101,7 @@ class Engine:
             part_threads=self._backend.num_threads // self._lanes if on_cpu else None,
             capacity={guided: self._capacity(guided) for guided in (False, True)},
             fixed_batch=self.reproducible and not on_cpu, budget=budget, max_running=max_running,
-            max_queue=max_queue,
+            max_queue=max_queue, device_calls=None if on_cpu else _device_calls(choice.device),
         )  # fmt: skip
         weakref.finalize(self, self._scheduler.close)  # when the engine goes, and when the interpreter ends
 
@@ -253,6 +265,36 @@ class Engine:
             threading.Thread(target=job._follow_to_the_end, name="pylumiere-callback", daemon=True).start()
         return job
 
+    def warm_up(self, shapes: Iterable[dict[str, Any]] = ({},)) -> float:
+        """Prepares for requests of these shapes, so that none of them meets a compilation, an autotuning run, a capture
+        or new buffers later. Returns the seconds that it took.
+
+        Args:
+            shapes: fields of requests that decide the shape of network calls: num_frames, height, width, guidance_scale
+                (1 or not), window_frames, window_overlap. {} is the model's defaults.
+
+        Raises:
+            InvalidRequest, BudgetExceeded: a shape that the model does not make, or that does not fit.
+        """
+        begun = time.monotonic()
+        stages = []
+        for fields in shapes:
+            order, _ = self._ordered(_request("warm up", {"seed": 0, **fields}))
+            stages += [order.last] if order.plan.ssr is None else [order.plan.base, order.last]
+        distinct = {call_shape(stage): stage for stage in stages}
+        self._scheduler.warm_up([(stage, self._call_bytes(stage)) for stage in distinct.values()])
+        self._pipeline.encoder.encode(["warm up"])
+        return time.monotonic() - begun
+
+    def metrics(self) -> dict[str, Any]:
+        """What the engine did and does, as JSON values. Counters start at zero when it is loaded.
+
+        requests (queued, running; completed, failed, cancelled since the start), frames (delivered), stages (calls,
+        rows, seconds, windows per call), memory (the budget, what the planner counts now, the process's resident
+        bytes), call_shapes (with buffers), graphs (captured).
+        """
+        return self._scheduler.metrics()
+
     def info(self) -> dict[str, Any]:
         """What is loaded and what was chosen, as JSON values."""
         base, ssr = self.config.base, self.config.ssr
@@ -379,7 +421,7 @@ class Engine:
         if order.plan is not None:
             low = order.plan.num_frames * order.plan.base.height * order.plan.base.width
             own += low * 4 * 2 * 3 + order.plan.task.num_bytes  # the base's frames, once more while they are joined
-        return Need(own, calls)
+        return Need(int(own * OWN_FACTOR), calls)
 
     def _clip_bytes(self, stage: StagePlan) -> int:
         """Frame states, conditioning frames that wait, and frames on their way out."""
@@ -482,3 +524,9 @@ def _request(prompt: str | GenerationRequest, fields: dict[str, Any]) -> Generat
     if not fields:
         return prompt
     return GenerationRequest(**{**{name: getattr(prompt, name) for name in prompt.model_fields_set}, **fields})
+
+
+def _device_calls(device: torch.device):
+    from pylumiere.backends.graphs import DeviceCalls
+
+    return DeviceCalls(device)

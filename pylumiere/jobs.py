@@ -93,6 +93,7 @@ class Job:
         self._step_ended: Progress | None = None
         self._frames_wanted = 0
         self._stage_begun = self._submitted
+        self._span = None  # OpenTelemetry
 
     def __repr__(self) -> str:
         return f"<Job {self._status}, seed {self.metadata['seed']}>"
@@ -300,7 +301,7 @@ class Job:
             elif self._limit is None:
                 self._future.set_result(Video(self._pixels, self.metadata["fps"], self.metadata))
             self._changed.notify_all()
-            self._scheduler.notify()
+            self._scheduler.ended(self)
             return True
 
 

@@ -7,21 +7,27 @@ least is next, and inside a bucket clips take turns. So a long request does not 
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pylumiere.batching import Bucket, Call, CallShape, Lanes
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.jobs import Job
-from pylumiere.memory import Budget, Need
+from pylumiere.memory import Budget, CallBytes, Need, resident_bytes
 from pylumiere.pipeline import Pipeline, StagePlan, StageRun
 from pylumiere.request import Progress
+from pylumiere.tracing import Tracer
+
+if TYPE_CHECKING:
+    from pylumiere.backends.graphs import DeviceCalls
 
 logger = logging.getLogger("pylumiere")
 
@@ -44,6 +50,55 @@ class _Work:
     taken: int = 0  # final frames taken from the sampler
 
 
+@dataclass
+class _StageCounts:
+    calls: int = 0
+    rows: int = 0
+    call_seconds: float = 0.0  # from handing a call out to its last part
+    lane_seconds: float = 0.0
+    sizes: Counter = field(default_factory=Counter)  # calls by number of windows
+    runs: int = 0
+    run_seconds: float = 0.0  # of whole stages
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "calls": self.calls, "rows": self.rows, "call_seconds": round(self.call_seconds, 6),
+            "lane_seconds": round(self.lane_seconds, 6),
+            "windows_per_call": {str(size): count for size, count in sorted(self.sizes.items())},
+            "clips": self.runs, "clip_seconds": round(self.run_seconds, 6),
+        }  # fmt: skip
+
+
+class _Counts:
+    """What `metrics` reports."""
+
+    def __init__(self):
+        self.ended = {"completed": 0, "failed": 0, "cancelled": 0}
+        self.frames = 0
+        self.stages: dict[str, _StageCounts] = {}
+
+    def call(self, stage: str, call: Call) -> None:
+        counts = self.stages.setdefault(stage, _StageCounts())
+        counts.calls += 1
+        counts.rows += call.rows
+        counts.call_seconds += time.perf_counter() - call.begun
+        counts.lane_seconds += call.seconds
+        counts.sizes[call.batch.num_tasks] += 1
+
+    def stage(self, stage: str, seconds: float) -> None:
+        counts = self.stages.setdefault(stage, _StageCounts())
+        counts.runs += 1
+        counts.run_seconds += seconds
+
+
+def _span_facts(job: Job) -> dict[str, Any]:
+    facts = {
+        "seed": str(job.metadata["seed"]), "steps": job.metadata.get("num_inference_steps"),
+        "num_frames": job.metadata["num_frames"],
+    }  # fmt: skip
+    return {f"pylumiere.{name}": value for name, value in facts.items() if value is not None}
+
+
 class Scheduler:
     """See the module. Its thread starts with the first job and holds nothing while it waits.
 
@@ -55,11 +110,12 @@ class Scheduler:
         budget: what requests may take.
         max_running: requests that are worked on at once.
         max_queue: requests that wait for that.
+        device_calls: streams and graphs of a GPU.
     """
 
     def __init__(self, pipeline: Pipeline, *, lanes: int, part_rows: int | None, part_threads: int | None,
                  capacity: dict[bool, int], fixed_batch: bool, budget: Budget, max_running: int,
-                 max_queue: int):  # fmt: skip
+                 max_queue: int, device_calls: DeviceCalls | None = None):  # fmt: skip
         self.pipeline, self.budget = pipeline, budget
         self.max_running, self.max_queue = max_running, max_queue
         self.lock = threading.RLock()  # an engine's finalizer may run inside
@@ -70,9 +126,13 @@ class Scheduler:
         self._waiting: deque[tuple[Job, Need]] = deque()
         self._running: list[_Work] = []
         self._computed: list[Call] = []
+        self._commands: deque[Callable[[], None]] = deque()
+        self._counts = _Counts()
         # From here on for the scheduler's thread alone.
         self._capacity, self._fixed_batch = capacity, fixed_batch
-        self._lanes = Lanes(lanes, part_threads, part_rows, self._part_done)
+        self._device_calls = device_calls
+        self._tracer = Tracer(ranges=device_calls is not None)
+        self._lanes = Lanes(lanes, part_threads, part_rows, self._part_done, self._tracer)
         self._buckets: dict[CallShape, Bucket] = {}
         self._warm: set[CallShape] = set()
         self._in_flight = 0  # parts
@@ -95,10 +155,74 @@ class Scheduler:
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests wait already, and max_queue={self.max_queue}")
             self._waiting.append((job, need))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pylumiere-engine", daemon=True)
-                self._thread.start()
+            job._span = self._tracer.start_span("pylumiere.request", _span_facts(job))
+            self._ensure_thread()
             self.notify()
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="pylumiere-engine", daemon=True)
+            self._thread.start()
+
+    def ended(self, job: Job) -> None:
+        """A job has ended; the lock is held."""
+        self._counts.ended[job.status] += 1
+        self._counts.frames += job._num_final
+        self._tracer.end_span(job._span, job._error, **{"pylumiere.frames": job._num_final})
+        level = logging.WARNING if job.status == "failed" else logging.DEBUG
+        if logger.isEnabledFor(level):
+            logger.log(level, "request %s after %.3f s: seed %s%s", job.status, time.monotonic() - job._submitted,
+                       job.metadata["seed"], f", {job._error}" if job._error else "")  # fmt: skip
+        self.notify()
+
+    def warm_up(self, stages: Iterable[tuple[StagePlan, CallBytes]]) -> None:
+        """Makes the buffers of these stages' calls and computes each once in every lane; they stay. On a GPU captures
+        them as graphs, largest first. Waits; what runs goes on afterwards.
+
+        Raises:
+            BudgetExceeded: they do not fit.
+        """
+        stages = sorted(stages, key=lambda item: item[1].buffers + item[1].activations, reverse=True)
+        finished: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def prepare() -> None:
+            warm = dict(self.budget.warm)
+            try:
+                self.budget.warm.update((call_shape(stage), size) for stage, size in stages)
+                self.budget.check()
+                for stage, _ in stages:
+                    bucket = self._bucket(call_shape(stage))
+                    self._lanes.in_each(bucket.warm_up)
+                    bucket.capture()
+                    self._warm.add(bucket.shape)
+                finished.set_result(None)
+            except BaseException as error:
+                self.budget.warm = warm
+                finished.set_exception(error)
+
+        with self.lock:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            self._commands.append(prepare)
+            self._ensure_thread()
+            self.notify()
+        finished.result()
+
+    def metrics(self) -> dict[str, Any]:
+        """A snapshot, as JSON values."""
+        with self.lock:
+            counts = self._counts
+            planned = self.budget.total([work.need for work in self._running])
+            stages = {name: stage.to_dict() for name, stage in counts.stages.items()}
+            return {
+                "requests": {"queued": len(self._waiting), "running": len(self._running), **counts.ended},
+                "frames": counts.frames,
+                "stages": stages,
+                "parts_in_flight": self._in_flight,
+                "call_shapes": len(self._buckets),
+                "graphs": 0 if self._device_calls is None else self._device_calls.captured,
+                "memory": {"budget": self.budget.limit, "planned": planned, "resident": resident_bytes()},
+            }
 
     def notify(self) -> None:
         """Something changed that the scheduler's thread should look at."""
@@ -161,6 +285,9 @@ class Scheduler:
             self._waiting = deque(item for item in self._waiting if not item[0].done)
             for work in self._running:
                 work.job._expire(now)
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
         for call in computed:
             self._complete(call)
         for work in list(self._running):
@@ -222,6 +349,7 @@ class Scheduler:
             self._buckets[shape] = Bucket(
                 self.pipeline.backend, self.pipeline.network(shape.stage), self.pipeline.config.text_tokens, shape,
                 capacity=self._capacity[shape.guided], fixed_batch=self._fixed_batch,
+                device_calls=self._device_calls,
             )  # fmt: skip
         return self._buckets[shape]
 
@@ -310,7 +438,10 @@ class Scheduler:
             self._drop_if_idle(bucket)
             return True
         self._served = max(self._served, bucket.service)
-        self._in_flight += self._lanes.put(bucket.call)
+        bucket.call.begun = time.perf_counter()
+        parts = self._lanes.put(bucket.call)
+        with self.lock:
+            self._in_flight += parts
         return True
 
     def _part_done(self, call: Call, seconds: float) -> None:
@@ -328,6 +459,8 @@ class Scheduler:
         if self._buckets.get(bucket.shape) is not bucket:
             return
         bucket.service += call.seconds / max(1, len(bucket.runs))
+        with self.lock:
+            self._counts.call(bucket.shape.stage, call)
         tasks = call.batch.clips[: call.batch.num_tasks].tolist()
         for handle, error in bucket.complete():
             for work in [w for w in self._running if w.bucket is bucket and w.handle == handle]:
@@ -391,6 +524,8 @@ class Scheduler:
         stage = work.run.stage
         self._leave(work)
         job._lap(stage.name)
+        with self.lock:
+            self._counts.stage(stage.name, time.monotonic() - work.begun)
         if is_last:
             self._end(work)
         else:

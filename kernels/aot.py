@@ -20,7 +20,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,39 +44,48 @@ NETWORKS = ("demo-base", "demo-ssr", "stunet-b", "ssr-b", "stunet-l", "ssr-l")
 
 
 def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict[str, launching.Launch]:
-    """Distinct launches of the operators' own cases: kernel and first case that makes it -> launch."""
-    found: dict[str, tuple[str, launching.Launch]] = {}
-    for op in ops:
-        module = importlib.import_module(f"pylumiere.kernels.{op}")
-        for name, run in module.aot_cases(dtype):
-            with launching.record(arch) as recording:
-                run()
-            for launch in recording.launches:
-                found.setdefault(launch.key(), (f"{launch.kernel.rpartition(':')[2]}: {name}", launch))
-    return dict(found.values())
+    """Distinct launches of the operators' own cases, by kernel and first case."""
+
+    def named() -> Iterator[tuple[str, launching.Launch]]:
+        for op in ops:
+            for case, run in importlib.import_module(f"pylumiere.kernels.{op}").aot_cases(dtype):
+                with launching.record(arch) as recording:
+                    run()
+                for launch in recording.launches:
+                    yield f"{_function(launch)}: {case}", launch
+
+    return _distinct(named())
 
 
 def network_launches(arch: int, dtype: torch.dtype, networks: Iterable[str] = NETWORKS) -> dict[str, launching.Launch]:
-    """Distinct launches of shipped networks: network and sizes of the first of its kind -> launch."""
+    """Distinct launches of shipped networks, by kernel and the first network and sizes that need it."""
     # The one place where the kernels know of networks: here only to ask which kernels those need.
     from pylumiere.backends.triton import record_network
     from pylumiere.config import stage_preset
 
+    def named() -> Iterator[tuple[str, launching.Launch]]:
+        for network in networks:
+            recording = record_network(stage_preset(network).network, arch, dtype)
+            for launch in recording.launches:
+                sizes = "-".join(f"{name}{launch.args[name]}" for name in ("T", "H", "C", "O") if name in launch.args)
+                yield f"{_function(launch)}: {network} {sizes}", launch
+
+    return _distinct(named())
+
+
+def _function(launch: launching.Launch) -> str:
+    return launch.kernel.rpartition(":")[2]
+
+
+def _distinct(named: Iterable[tuple[str, launching.Launch]]) -> dict[str, launching.Launch]:
+    """The first launch of each compiled kernel; a name that is taken gets a number."""
     found: dict[str, tuple[str, launching.Launch]] = {}
-    for network in networks:
-        recording = record_network(stage_preset(network).network, arch, dtype)
-        for i, launch in enumerate(recording.launches):
-            sizes = "-".join(f"{name}{launch.args[name]}" for name in ("T", "H", "C", "O") if name in launch.args)
-            found.setdefault(launch.key(), (f"{launch.kernel.rpartition(':')[2]}: {network} {i} {sizes}", launch))
+    uses: Counter[str] = Counter()
+    for name, launch in named:
+        if launch.key() not in found:
+            uses[name] += 1
+            found[launch.key()] = (name if uses[name] == 1 else f"{name} ({uses[name]})", launch)
     return dict(found.values())
-
-
-def distinct(launches: Iterable[launching.Launch]) -> dict[str, launching.Launch]:
-    """Launches of a recording that need a compiled kernel of their own, named after kernel and number."""
-    found: dict[str, launching.Launch] = {}
-    for launch in launches:
-        found.setdefault(launch.key(), launch)
-    return {f"{i}: {launch.kernel.rpartition(':')[2]}": launch for i, launch in enumerate(found.values())}
 
 
 # ---- compile one ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 Run: python benchmarks/bench_serve.py --seconds 300 --json benchmarks/results/serve.jsonl --plot docs/images/serve.png
 
 Every client sends a request, waits for its end, fetches the clip and decodes it, deletes it now and then, and goes on.
-The server runs in a process of its own. Counted: errors, jobs that were accepted and not ended, latencies from the request
-to the clip, resident memory of the server over time. "One at a time" is one client on an otherwise idle server.
+The server runs in a process of its own. Counted: errors, accepted jobs that did not end, latencies from
+request to clip, resident memory of the server over time. "One at a time" is one client on an otherwise idle server.
 """
 
 from __future__ import annotations

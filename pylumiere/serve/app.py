@@ -257,7 +257,8 @@ def create_app(service: Service, *, on_start: Callable[[], None] | None = None) 
         await run_in_threadpool(service.close)
 
     app = FastAPI(
-        title="pylumiere", version=pylumiere.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        title="pylumiere", version=pylumiere.__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        lifespan=lifespan,
         description="OpenAI's video API over a Space-Time U-Net. Fields beyond OpenAI's are this project's.",
     )  # fmt: skip
     app.state.service = service

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 PATHS = [*3 * ["/v1/videos"], "/v1/videos/edits", "/v1/videos/video_{hex}", "/v1/videos/{junk}/remix",
-         "/v1/videos/video_{hex}/content?variant={junk}", "/v1/videos?limit={junk}", "/v1/videos/{junk}/events",
+         "/v1/videos/video_{hex}/content?variant={junk}", "/v1/videos?limit=x{junk}", "/v1/videos/{junk}/events",
          "/v1/models/{junk}", "/v1/{junk}"]  # fmt: skip
 FIELDS = ["prompt", "seconds", "size", "seed", "num_frames", "fps", "sampler", "model", "input_reference",
           "guidance_scale", "num_inference_steps", "negative_prompt", "window_overlap", "junk"]  # fmt: skip
@@ -38,9 +38,8 @@ def run_malformed(url: str, *, count: int, seed: int, memory_of: int | None = No
     report = {name: answers[name] for name in ("answered", "2xx", "4xx", "5xx", "0xx", "without_message")}
     report |= {"count": count, "seconds": round(time.monotonic() - begun, 1)}
     if resident:
-        tail = resident[len(resident) // 5 :]  # after the first fifth, when pools and caches are full
-        report |= {"resident_MiB_first": tail[0] >> 20, "resident_MiB_last": tail[-1] >> 20,
-                   "resident_MiB_growth": (tail[-1] - tail[0]) / 2**20}  # fmt: skip
+        marks = [resident[round(part * (len(resident) - 1))] / 2**20 for part in (0, 0.25, 0.5, 0.75, 1)]
+        report["resident_MiB_at_quarters"] = [round(mark, 1) for mark in marks]
     return report
 
 

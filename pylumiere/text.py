@@ -91,7 +91,8 @@ class MiniLMEncoder:
             tokenizer, weights = (_minilm_file(name) for name in ("tokenizer.json", "model.safetensors"))
         self._tokenizer = load_tokenizer(tokenizer, max_length)
         try:
-            self._weights = load(weights)
+            found = load(weights)  # a bundle keeps them in 16 bits
+            self._weights = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
         except (SafetensorError, ValueError, KeyError) as error:
             raise BundleError(f"minilm: its weights are no safetensors file: {error}") from None
 

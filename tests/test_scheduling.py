@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pylumiere.backends.choice import choose
@@ -99,7 +99,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(st.tuples(REQUESTS, st.sampled_from(["whole", "chunks", "cancel"])), min_size=2, max_size=4),
     capacity=st.integers(1, 4),

@@ -7,6 +7,7 @@ noise schedules and the defaults of a request.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -37,13 +38,16 @@ class _Json:
             ValueError: unknown, missing or wrongly typed fields, or values the class refuses; the field is named.
         """
         _check(isinstance(data, dict), f"{cls.__name__}: expected an object, got {type(data).__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = _type_hints(cls)
         unknown = sorted(set(data) - set(hints))
         _check(not unknown, f"{cls.__name__}: unknown field {', '.join(map(repr, unknown))}")
         try:
             return cls(**{name: _convert(value, hints[name], f"{cls.__name__}.{name}") for name, value in data.items()})
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+_type_hints = functools.cache(typing.get_type_hints)  # it compiles every annotation
 
 
 def _convert(value, hint, where: str):

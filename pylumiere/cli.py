@@ -75,6 +75,7 @@ Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, 
 Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Key = Annotated[str | None, typer.Option(help="Public key in PEM: only a bundle that it signed is taken.")]
 Sheet = Annotated[str | None, typer.Option(help="Also write a contact sheet, a PNG of every 8th frame.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bytes; drawn at random if not given.")]
@@ -91,6 +92,7 @@ def generate(
     backend: Backend = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
+    key: Key = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m, or euler for flow models.")] = None,
@@ -139,7 +141,7 @@ def generate(
             fit=fit, strength=strength, style=style, style_strength=style_strength, loop=loop,
             window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback, **given,
         )  # fmt: skip
-        engine = _load(model, backend, device, precision)
+        engine = _load(model, backend, device, precision, key)
         loaded = time.monotonic()
         if stream:
             metadata = _write_stream(engine.stream(request), output, sheet, prompt)
@@ -163,6 +165,7 @@ def upscale(
     backend: Backend = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
+    key: Key = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
     seed: Seed = 0,
     fps: Annotated[float | None, typer.Option(help="Frames a second; the input's own if not given.")] = None,
@@ -180,7 +183,7 @@ def upscale(
     if loop and source == PIPE:
         raise InvalidRequest("--loop needs an input whose length is known; - is a pipe")
     with VideoReader(source) as reader, _Bars() as bars:
-        engine = _load(model, backend, device, precision)
+        engine = _load(model, backend, device, precision, key)
         loaded = time.monotonic()
         chunks = engine.upscale(
             reader, fps=fps or reader.fps, num_frames=None if source == PIPE else reader.num_frames, seed=seed,
@@ -317,7 +320,6 @@ def serve_key(
 
 
 _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.plm.")]
-_Key = Annotated[str | None, typer.Option(help="Public key in PEM; its signature is then required.")]
 
 
 @app.command("export")
@@ -356,7 +358,7 @@ def export_model(
 @_interruptible
 def inspect_bundle(
     path: _Bundle,
-    key: _Key = None,
+    key: Key = None,
     sku: Annotated[str | None, typer.Option(help="Ask for this card instead of this machine, such as rtx4090.")] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
@@ -377,7 +379,7 @@ def inspect_bundle(
 @_interruptible
 def verify_bundle(
     path: _Bundle,
-    key: _Key = None,
+    key: Key = None,
     full: Annotated[bool, typer.Option("--full", help="Also at every size of the receipts, the largest too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -402,10 +404,10 @@ def make_keys(
     print(f"{_absolute(private)}: private key\n{_absolute(public)}: public key")
 
 
-def _load(model: str, backend: str, device: str, precision: str):
+def _load(model: str, backend: str, device: str, precision: str, key: str | None):
     from pylumiere.engine import Engine
 
-    return Engine.load(model, backend=backend, device=device, precision=precision)
+    return Engine.load(model, backend=backend, device=device, precision=precision, trusted_key=key)
 
 
 def _check_outputs(output: str, sheet: str | None) -> None:

@@ -244,7 +244,10 @@ def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path):
     cache = tmp_path / "cache"
     (tmp_path / "work").mkdir()
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    process = subprocess.Popen(command, cwd=tmp_path / "work", env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "work", env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     begun = time.monotonic()
     while time.monotonic() - begun < 60 and not list(cache.rglob(".trace-*")):
         time.sleep(0.1)

@@ -14,7 +14,7 @@ import torch
 
 import pylumiere
 from pylumiere.backends.onnxruntime import open_session
-from pylumiere.bundle import describe_files, open_bundle, write_manifest
+from pylumiere.bundle import MANIFEST, describe_files, open_bundle, parse_manifest, write_manifest
 from pylumiere.errors import BundleError, IntegrityError, InvalidRequest, UnsupportedDevice
 from pylumiere.loading import load_model, make_backend
 from pylumiere.testing import rel_rms, write_random_model
@@ -42,7 +42,7 @@ def copy(plm, tmp_path):
 
 def rewrite(path, change):
     """The manifest with changed values, consistent with the files again."""
-    manifest = open_bundle(path, check_hashes=False).manifest
+    manifest = parse_manifest((path / MANIFEST).read_bytes())
     write_manifest(path, manifest.model_copy(update={"files": describe_files(path), **change(manifest)}))
 
 

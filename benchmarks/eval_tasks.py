@@ -85,7 +85,8 @@ class Bench:
             for triple, text in held_out(200, seed=3)
             if triple[1] in wanted and not (shapes_only and triple[0] in data.SPRITES)
         ]
-        return pairs[:count]
+        order = np.random.default_rng(7).permutation(len(pairs))  # else those on white come first
+        return [pairs[i] for i in order[:count]]
 
     def draw(self, triple, style: str | None = None) -> np.ndarray:
         """A drawn clip, uint8 [80, 128, 128, 3]."""
@@ -222,32 +223,44 @@ def style(bench: Bench, count: int) -> Result:
         .expand(len(bench.times), -1, -1, -1).numpy().astype(np.int16)
         for b in data.BACKGROUNDS
     }  # fmt: skip
-    spread = np.std([statistics(bench.draw(t, s)) for t, _ in bench.captions(16) for s in (None, "ink")], 0) + 1e-3
     for seed, (triple, text) in enumerate(bench.captions(count, motions=data.MOTIONS)):
-        plain, mixed, styled = (bench.make(text, seed, style="ink", style_strength=a) for a in (0.0, 0.5, 1.0))
-        target = np.mean([statistics(bench.draw(triple, "ink")) for _ in range(4)], 0)
-        before, after = (np.linalg.norm((statistics(clip) - target) / spread) for clip in (plain, styled))
+        plain, styled = (bench.make(text, seed, style="ink", style_strength=a) for a in (0.0, 1.0))
+        drawn = [statistics(bench.draw(triple, "ink")) for _ in range(4)]
+        target = tuple(np.mean(part, 0) for part in zip(*drawn, strict=True))
+        before, after = (distance(statistics(clip), target) for clip in (plain, styled))
         distances.append((before, after))
         halved.append(after <= before / 2)
         if bench.judge.measure(plain)["motion"] == triple[1]:
             kept.append(styled_judge.measure(styled)["motion"] == triple[1])
-        rows += [(f"{text}  (strength 0, 0.5, 1: distance {before:.1f} to {after:.1f})", _eight(plain))]
-        rows += [("", _eight(mixed)), ("", _eight(styled))]
+        rows.append((f"{text}  (without and with the style: distance {before:.2f} to {after:.2f})", _eight(plain)))
+        if seed == 0:
+            rows.append(("", _eight(bench.make(text, seed, style="ink", style_strength=0.5))))
+        rows.append(("", _eight(styled)))
     checks = {"distance halved": (share(halved), 0.9, True), "motion kept": (share(kept), 0.8, True)}
     notes = {"median distance before": np.median([d[0] for d in distances]),
              "after": np.median([d[1] for d in distances]), "motion held before": len(kept)}  # fmt: skip
     return Result(count, checks, {k: float(v) for k, v in notes.items()}, rows)
 
 
-def statistics(clip: np.ndarray) -> np.ndarray:
-    """Of a clip's frames: mean and deviation of each colour, saturation, shares of dark pixels and of edges."""
-    frames = clip[::8].astype(np.float32) / 255
-    luma = frames @ np.array([0.2126, 0.7152, 0.0722], np.float32)
+def statistics(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of colour and edge strength over the pixels of a clip at the base's size, in 0..1."""
+    frames = np.stack([small(frame) for frame in clip[::8]]) / 255
+    luma = frames @ np.array([0.2126, 0.7152, 0.0722])
     edges = np.abs(np.diff(luma, axis=2))[:, 1:] + np.abs(np.diff(luma, axis=1))[:, :, 1:]
-    return np.array([
-        *frames.mean((0, 1, 2)), *frames.std((0, 1, 2)), (frames.max(-1) - frames.min(-1)).mean(),
-        (luma < 0.15).mean(), (edges > 0.05).mean(), (edges > 0.15).mean(),
-    ])  # fmt: skip
+    pixels = np.concatenate([frames[:, 1:, 1:], edges[..., None]], -1).reshape(-1, 4)
+    return pixels.mean(0), np.cov(pixels.T)
+
+
+def distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """Wasserstein-2 distance of two normal distributions (mean, covariance)."""
+
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    half = root(a[1])
+    spread = np.trace(a[1] + b[1] - 2 * root(half @ b[1] @ half))
+    return float(np.sqrt(max(0.0, np.square(a[0] - b[0]).sum() + spread)))
 
 
 def video(bench: Bench, count: int, strengths=(0.3, 0.6, 0.9)) -> Result:
@@ -331,9 +344,11 @@ def _peak(bench: Bench, num_frames: int) -> int:
     return json.loads(done.stdout)["peak_resident_bytes"]
 
 
+# Function, clips if not told otherwise, and how many of the first strips go into the gallery.
 TASKS = {
-    "image": (image, 12), "keyframes": (keyframes, 4), "inpainting": (inpainting, 12), "outpainting": (outpainting, 4),
-    "cinemagraph": (cinemagraph, 10), "style": (style, 10), "video": (video, 8), "loop": (loop, 8), "long": (long, 2),
+    "image": (image, 8, 1), "inpainting": (inpainting, 8, 2), "cinemagraph": (cinemagraph, 6, 1),
+    "style": (style, 6, 3), "video": (video, 5, 4), "loop": (loop, 6, 1), "long": (long, 1, 1),
+    "keyframes": (keyframes, 3, 1), "outpainting": (outpainting, 3, 1),
 }  # fmt: skip
 
 
@@ -344,8 +359,8 @@ def _eight(clip: np.ndarray) -> np.ndarray:
     return clip[np.linspace(0, len(clip) - 1, 8).astype(int)]
 
 
-def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96) -> None:
-    """One strip a row, under its label."""
+def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96, colours: int | None = None) -> None:
+    """One strip a row, under its label; with `colours` as a small PNG of so many."""
     font = ImageFont.load_default(12)
     width = max(len(frames) for _, frames in rows) * side
     heights = [side + (16 if label else 2) for label, _ in rows]
@@ -358,7 +373,8 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96
             sheet.paste(tile, (i * side, y + height - side))
         y += height
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet = sheet if colours is None else sheet.quantize(colours, dither=Image.Dither.NONE)
+    sheet.save(path, optimize=True)
 
 
 def report(name: str, result: Result) -> str:
@@ -378,20 +394,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--count", type=int, help="clips of each application; 2 to 12 if not given")
+    parser.add_argument("--count", type=int, help="clips of each application; 1 to 8 if not given")
     parser.add_argument("--steps", type=int, help="base steps; the model's default if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn inputs")
     parser.add_argument("--sheets", type=Path, default=Path("eval_tasks"), help="folder for the contact sheets")
+    parser.add_argument("--gallery", type=Path, help="also write the first strips of each application as one PNG")
     parser.add_argument("--json", type=Path, help="append a JSON line for each application to this file")
     args = parser.parse_args()
-    all_hold = True
+    all_hold, strips = True, []
     for name in args.tasks:
-        task, count = TASKS[name]
+        task, count, shown = TASKS[name]
         bench, begun = Bench(args.model, args.steps, args.seed), time.monotonic()
         result = task(bench, args.count or count)
         result.seconds = time.monotonic() - begun
         contact_sheet(result.rows, args.sheets / f"{name}.png")
         print(report(name, result) + f"   {result.seconds:.0f} s", flush=True)
+        strips += [(f"{name}: {label}" if label else "", _eight(frames)) for label, frames in result.rows[:shown]]
+        if args.gallery:
+            contact_sheet(strips, args.gallery, side=72, colours=128)
         all_hold &= all(map(result.holds, result.checks))
         if args.json:
             checks = {check: round(value, 4) for check, (value, _, _) in result.checks.items()}

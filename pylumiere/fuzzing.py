@@ -264,7 +264,10 @@ def folder_for_file(bundle, rng):
 
 
 def _raw(bundle: Path) -> bytes:
-    return (bundle / MANIFEST).read_bytes()
+    path = bundle / MANIFEST
+    if path.is_symlink() or not path.is_file():  # an earlier mutation; reading a pipe would wait for ever
+        raise FileNotFoundError(path)
+    return path.read_bytes()
 
 
 def _rewrite(bundle: Path, raw: bytes) -> None:

@@ -127,6 +127,7 @@ def open_session(
     Raises:
         BundleError: ONNX Runtime refuses the graph, or its inputs and outputs are not those of the manifest.
     """
+    onnxruntime.disable_telemetry_events()  # it would keep a database in the user's cache folder
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
     options.use_deterministic_compute = True

@@ -19,7 +19,7 @@ from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import media, schema
 from pylumiere.serve.hub import Hub
-from pylumiere.serve.metrics import Metrics
+from pylumiere.serve.metrics import Metrics, Sample
 from pylumiere.serve.store import Job, Store
 from pylumiere.video import VideoWriter
 from pylumiere.windows import NonFiniteOutput
@@ -268,10 +268,26 @@ class LocalWorker:
 
     def watch(self, metrics: Metrics) -> None:
         """The engine's numbers, read at each scrape."""
-        info = self.engine.info()
-        budget = self.engine.memory_budget or 0
-        metrics.gauge("pylumiere_memory_budget_bytes", "Of the engine; 0 is none.", lambda: budget)
-        metrics.gauge("pylumiere_weight_bytes", "Of the networks.", lambda: info["weight_bytes"])
+        weights = self.engine.info()["weight_bytes"]
+
+        def read() -> Iterator[Sample]:
+            now = self.engine.metrics()
+            for state, count in now["requests"].items():
+                yield "pylumiere_engine_requests", "The engine's requests.", {"state": state}, count
+            for kind, count in {**now["memory"], "weights": weights}.items():
+                text = "The budget (0 is none), what the planner counts now, the process, the networks."
+                yield "pylumiere_engine_memory_bytes", text, {"kind": kind}, count or 0
+            for stage, counts in now["stages"].items():
+                for name, text in (
+                    ("calls", "Calls of a network."), ("rows", "Rows of those calls."),
+                    ("call_seconds", "From handing a call out to its last part."),
+                ):  # fmt: skip
+                    yield f"pylumiere_engine_{name}", text, {"stage": stage}, counts[name]
+                for windows, count in counts["windows_per_call"].items():
+                    labels = {"stage": stage, "windows": windows}
+                    yield "pylumiere_engine_calls_by_windows", "Calls by the windows that shared them.", labels, count
+
+        metrics.collect_with(read)
 
     def check(self, request: GenerationRequest) -> None:
         self.engine.stream(request).close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Sample = tuple[str, str, dict[str, str], float]
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -28,15 +28,12 @@ class Metrics:
             "pylumiere_stage_seconds", "Time of a clip's stages.", ["stage"], buckets=_SECONDS, **own
         )
         self.frames = Counter("pylumiere_frames", "Frames of completed clips.", **own)
-        self.batch_rows = Histogram(
-            "pylumiere_batch_clips", "Clips that shared a call of a network.", buckets=(1, 2, 3, 4, 6, 8, 12, 16), **own
-        )
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A value that is read at each scrape."""
         Gauge(name, text, registry=self.registry).set_function(read)
 
-    def collect_with(self, read: Callable[[], Iterable[tuple[str, str, dict[str, str], float]]]) -> None:
+    def collect_with(self, read: Callable[[], Iterable[Sample]]) -> None:
         """Gauges (name, text, labels, value) that `read` gives at each scrape."""
         self.registry.register(_Collector(read))
 
@@ -45,7 +42,7 @@ class Metrics:
 
 
 class _Collector:
-    def __init__(self, read: Callable[[], Iterable[tuple[str, str, dict[str, str], Any]]]):
+    def __init__(self, read: Callable[[], Iterable[Sample]]):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:

@@ -427,7 +427,8 @@ def test_health_ready_metrics_and_document(server):
     assert float(samples['pylumiere_jobs_total{outcome="completed"}']) >= 1
     assert float(samples['pylumiere_stage_seconds_count{stage="ssr"}']) >= 1
     assert float(samples["pylumiere_frames_total"]) >= 8 and float(samples["pylumiere_store_completed_jobs"]) >= 1
-    assert float(samples["pylumiere_weight_bytes"]) > 0 and "BREW" not in text
+    assert float(samples['pylumiere_engine_memory_bytes{kind="weights"}']) > 0 and "BREW" not in text
+    assert float(samples['pylumiere_engine_calls_by_windows{stage="ssr",windows="1"}']) >= 1
     assert any(name.startswith('pylumiere_requests_total{method="POST",route="/v1/videos"') for name in samples)
     document = server.http.get("/openapi.json").json()
     assert document["paths"].keys() >= {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content"}

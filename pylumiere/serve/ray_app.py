@@ -1,0 +1,250 @@
+"""A Ray Serve application: engine replicas on many machines behind the same HTTP API. Extra `[ray]`.
+
+    serve run pylumiere.serve.ray_app:build model=demo data=/shared/pylumiere replicas=4
+
+One front replica owns the records and files (`store.py`) and answers HTTP; engine replicas compute. Ray starts and
+stops engine replicas by the number of clips that wait for one. A replica that dies in mid-clip takes nothing with it:
+the clip goes back into the queue and runs on another one, from its stored request and seed, so its bytes are the same
+wherever the replicas' fingerprints agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from pylumiere.bundle import is_bundle, open_bundle
+from pylumiere.checkpoint import find_model, read_config
+from pylumiere.engine import Chunk, Engine
+from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
+from pylumiere.request import GenerationRequest, Progress
+from pylumiere.serve.app import Limits, Service, create_app
+from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost
+from pylumiere.serve.keys import KeyRing, read_keys
+from pylumiere.serve.store import Store
+
+logger = logging.getLogger("pylumiere")
+
+_REFUSALS = {"InvalidRequest": InvalidRequest, "BudgetExceeded": BudgetExceeded}
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Arguments of `build`, from Ray's command line as texts.
+
+    Attributes:
+        data: on the machine of the front replica, or on a disk that all machines share.
+        replicas: most engine replicas; one is always there.
+        clips_per_replica: in one engine at once.
+        num_cpus, num_gpus: that Ray reserves for a replica.
+        threads: of torch in a replica; the same everywhere, or results differ in their last bits.
+    """
+
+    model: str = "demo"
+    data: str = "pylumiere-data"
+    api_keys: str | None = None
+    replicas: int = 2
+    min_replicas: int = 1
+    clips_per_replica: int = 2
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    threads: int = 1
+    memory_budget: str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+
+    @classmethod
+    def parse(cls, arguments: dict[str, Any]) -> RayOptions:
+        unknown = arguments.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            allowed = ", ".join(cls.__dataclass_fields__)
+            raise InvalidRequest(f"unknown argument {sorted(unknown)[0]!r}; allowed: {allowed}")
+        kinds = {"replicas": int, "min_replicas": int, "clips_per_replica": int, "threads": int, "num_cpus": float,
+                 "num_gpus": float}  # fmt: skip
+        try:
+            return cls(**{name: kinds.get(name, lambda v: v)(value) for name, value in arguments.items()})
+        except ValueError as error:
+            raise InvalidRequest(f"an argument is no number: {error}") from None
+
+
+def fingerprint(engine: Engine) -> dict[str, Any]:
+    """What two replicas must have in common for the same bits."""
+    import torch
+
+    info = engine.info()
+    return {
+        "versions": info["versions"], "backend": info["backend"], "precision": info["precision"],
+        "device": torch.cuda.get_device_name() if info["device"].startswith("cuda") else platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "threads": info["num_threads"],
+        "model": info["model"], "weight_bytes": info["weight_bytes"], "reproducible": info["reproducible"],
+    }  # fmt: skip
+
+
+@serve.deployment(name="engine")
+class EngineReplica:
+    """One engine. Its clips are streams of messages, so that the front sees frames as they become final."""
+
+    def __init__(self, options: RayOptions):
+        import torch
+
+        torch.set_num_threads(options.threads)
+        self._engine = Engine.load(
+            options.model, backend=options.backend, device=options.device, precision=options.precision,
+            memory_budget=options.memory_budget,
+        )  # fmt: skip
+
+    async def generate(self, fields: dict[str, Any]) -> AsyncIterator[tuple]:
+        """("progress", fields), ("frames", start, pixels), then ("done", metadata) or ("refused", kind, text).
+
+        A caller that leaves cancels the clip at the next message.
+        """
+        loop, messages = asyncio.get_running_loop(), asyncio.Queue()
+
+        def put(message: tuple) -> None:
+            loop.call_soon_threadsafe(messages.put_nowait, message)
+
+        def work() -> None:
+            try:
+                for chunk in job.frames():
+                    put(("frames", chunk.start, np.ascontiguousarray(chunk.frames)))
+                put(("done", job.metadata))
+            except tuple(_REFUSALS.values()) as error:
+                put(("refused", type(error).__name__, str(error)))
+            except BaseException as error:
+                put(("failed", error))
+
+        try:
+            request = GenerationRequest(
+                **fields, callback_on_step_end=lambda progress: put(("progress", vars(progress)))
+            )
+            job = self._engine.submit(request, buffer_frames=BUFFER_FRAMES)
+        except tuple(_REFUSALS.values()) as error:
+            yield ("refused", type(error).__name__, str(error))
+            return
+        thread = loop.run_in_executor(None, work)
+        try:
+            while True:
+                message = await messages.get()
+                if message[0] == "failed":
+                    raise message[1]
+                yield message
+                if message[0] in ("done", "refused"):
+                    return
+        finally:
+            job.cancel()
+            await thread
+
+    async def fingerprint(self) -> dict[str, Any]:
+        return {**fingerprint(self._engine), "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+
+class RayWorker:
+    """Engine replicas, behind a handle that chooses one."""
+
+    def __init__(self, handle):
+        self._handle = handle.options(stream=True)
+
+    def check(self, request: GenerationRequest) -> None:
+        """The front checks requests against the model; a replica's memory is known to the replica."""
+
+    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work:
+        fields = {name: getattr(request, name) for name in request.model_fields_set}
+        return _RayWork(self._handle.generate.remote(fields), on_progress)
+
+
+class _RayWork:
+    def __init__(self, messages, on_progress: Callable[[Progress], None]):
+        self._messages, self._on_progress = messages, on_progress
+        self._is_cancelled = False
+        self.metadata: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            for kind, *content in self._messages:
+                if self._is_cancelled:
+                    break
+                if kind == "progress":
+                    self._on_progress(Progress(**content[0]))
+                elif kind == "frames":
+                    yield Chunk(*content)
+                elif kind == "done":
+                    self.metadata = content[0]
+                    return
+                else:
+                    raise _REFUSALS[content[0]](content[1])
+        except RayError as error:
+            if not self._is_cancelled:
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise  # the engine's own failure; another replica would fail as well
+                raise WorkerLost(type(error).__name__) from error
+        except serve.exceptions.RayServeException as error:
+            if not self._is_cancelled:
+                raise WorkerLost(type(error).__name__) from error
+        if self._is_cancelled:
+            raise Cancelled("the job was cancelled")
+        raise WorkerLost("the replica ended the stream early")
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self._messages.cancel()
+
+
+def make_service(options: RayOptions, handle) -> Service:
+    """The front's service: the store, and replicas for a worker."""
+    keys = None if options.api_keys is None else KeyRing(read_keys(options.api_keys))
+    model = find_model(options.model)
+    config = open_bundle(model).config if is_bundle(model) else read_config(model)
+    service = Service(
+        config, Store(Path(options.data)), keys, Limits(), options.replicas * options.clips_per_replica, (config.name,)
+    )
+    service.start(RayWorker(handle))
+    return service
+
+
+def _make_front(options: RayOptions):
+    """The deployment of the routes. Its ASGI application is made in the replica, never pickled."""
+
+    def make_app():
+        return create_app(make_service(options, serve.get_deployment_handle("engine", app_name="pylumiere")))
+
+    @serve.deployment(name="front", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(make_app)
+    class Front:
+        def __init__(self, engine):
+            """`engine` ties the engine's deployment to this application."""
+
+    return Front
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The application, for `serve run pylumiere.serve.ray_app:build model=... data=...`; its name must be pylumiere.
+
+    Raises:
+        InvalidRequest: an argument that is unknown or of the wrong kind.
+    """
+    options = RayOptions.parse(arguments)
+    engine = EngineReplica.options(
+        max_ongoing_requests=options.clips_per_replica, health_check_period_s=5, graceful_shutdown_timeout_s=10,
+        autoscaling_config={
+            "min_replicas": options.min_replicas, "max_replicas": options.replicas,
+            "target_ongoing_requests": max(1, options.clips_per_replica), "upscale_delay_s": 5,
+            "downscale_delay_s": 300,
+        },
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+    ).bind(options)  # fmt: skip
+    return _make_front(options).bind(engine)
+
+
+__all__ = ["EngineReplica", "RayOptions", "RayWorker", "build", "fingerprint", "make_service"]

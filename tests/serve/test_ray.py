@@ -1,0 +1,109 @@
+"""Ray Serve: two replicas behind the same routes; one is killed in mid-clip, and its clips end elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+serve = pytest.importorskip("ray.serve", reason="the ray extra is not installed")
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+
+from pylumiere.errors import InvalidRequest  # noqa: E402
+from pylumiere.video import read_video  # noqa: E402
+
+from .conftest import wait_until  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+PORT = 18_734
+
+
+@pytest.fixture(scope="module")
+def url(model, tmp_path_factory):
+    from pylumiere.serve.ray_app import build
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    arguments = {"model": str(model), "data": str(tmp_path_factory.mktemp("data")), "min_replicas": "2",
+                 "num_cpus": "0.5", "precision": "fp32"}  # fmt: skip
+    serve.run(build(arguments), name="pylumiere")
+    yield f"http://127.0.0.1:{PORT}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def fingerprints():
+    handle = serve.get_deployment_handle("engine", app_name="pylumiere")
+    found = {}
+    end = time.monotonic() + 60
+    while len(found) < 2 and time.monotonic() < end:
+        one = handle.fingerprint.remote().result(timeout_s=30)
+        found[one["pid"]] = one
+    return found
+
+
+def test_a_clip_over_ray_has_the_engine_s_bytes(url, engine, tmp_path):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+    video = client.videos.create_and_poll(prompt="a red circle", extra_body={"seed": 7})
+    assert video.status == "completed"
+    (tmp_path / "clip.mp4").write_bytes(client.videos.download_content(video.id).read())
+    engine.generate("a red circle", seed=7).save(tmp_path / "expected.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+    with pytest.raises(openai.BadRequestError):
+        client.videos.create(prompt="a", size="33x33")
+
+
+def test_replicas_agree(url):
+    found = list(fingerprints().values())
+    assert len(found) == 2
+    own = [{name: value for name, value in one.items() if name not in ("pid", "node")} for one in found]
+    assert own[0] == own[1] and own[0]["threads"] == 1
+
+
+def test_clips_survive_the_death_of_a_replica(url, engine, tmp_path):
+    with httpx.Client(base_url=url, timeout=30) as http:
+        steps = {"num_inference_steps": 300}
+        ids = {
+            seed: http.post("/v1/videos", json={"prompt": "a", "seed": seed, **steps}).json()["id"] for seed in range(6)
+        }
+        status = lambda id: http.get(f"/v1/videos/{id}").json()  # noqa: E731
+        wait_until(lambda: sum(status(id)["progress"] > 0 for id in ids.values()) >= 3, 60)
+        os.kill(next(iter(fingerprints())), signal.SIGKILL)
+        wait_until(lambda: all(status(id)["status"] in ("completed", "failed") for id in ids.values()), 150)
+        assert [status(id)["status"] for id in ids.values()] == ["completed"] * 6
+        lost = [line for line in http.get("/metrics").text.splitlines() if 'outcome="worker_lost"' in line]
+        assert lost and float(lost[0].split()[-1]) >= 1  # a clip was running on the replica that died
+        for seed, id in ids.items():
+            (tmp_path / f"{seed}.mp4").write_bytes(http.get(f"/v1/videos/{id}/content").content)
+            expected = engine.generate("a", seed=seed, **steps).frames
+            assert read_video(tmp_path / f"{seed}.mp4").frames.shape == expected.shape
+            engine.generate("a", seed=seed, **steps).save(tmp_path / "expected.mp4")
+            assert (tmp_path / f"{seed}.mp4").read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+
+
+def test_cancel_reaches_the_replica(url):
+    with httpx.Client(base_url=url, timeout=30) as http:
+        slow = {"prompt": "a", "num_inference_steps": 1000}
+        ids = [http.post("/v1/videos", json=slow).json()["id"] for _ in range(4)]
+        wait_until(lambda: all(http.get(f"/v1/videos/{id}").json()["status"] == "in_progress" for id in ids), 60)
+        for id in ids:
+            assert http.delete(f"/v1/videos/{id}").status_code == 200
+        begun = time.monotonic()
+        id = http.post("/v1/videos", json={"prompt": "a"}).json()["id"]
+        wait_until(lambda: http.get(f"/v1/videos/{id}").json()["status"] == "completed", 30)
+        assert time.monotonic() - begun < 15
+
+
+def test_arguments_are_checked():
+    from pylumiere.serve.ray_app import RayOptions
+
+    with pytest.raises(InvalidRequest, match="unknown argument 'modle'"):
+        RayOptions.parse({"modle": "demo"})
+    with pytest.raises(InvalidRequest, match="number"):
+        RayOptions.parse({"replicas": "many"})
+    assert RayOptions.parse({"replicas": "3", "num_cpus": "0.5"}).replicas == 3

@@ -127,16 +127,10 @@ def trace(forward: Forward, weight_shapes: Mapping[str, tuple[int, ...]], spec: 
         raise RuntimeError(f"the traced output is {result.dtype}")
     optimizer.fold_constants(model)
     for cleaning in (passes.CommonSubexpressionEliminationPass(), passes.RemoveUnusedNodesPass(),
-                     passes.RemoveUnusedOpsetsPass(), passes.RemoveUnusedFunctionsPass()):  # fmt: skip
-        cleaning(model)
+                     passes.RemoveUnusedOpsetsPass(), passes.RemoveUnusedFunctionsPass(),
+                     passes.ClearMetadataAndDocStringPass()):  # fmt: skip
+        cleaning(model)  # metadata holds stack traces: paths of this machine
     model.ir_version = 10
-    for node in model.graph:
-        node.metadata_props.clear()  # stack traces: paths of this machine
-        node.doc_string = None
-    for value in model.graph.inputs:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
     model.graph.name, model.producer_name = spec.stage, "pylumiere"
     forbidden = sorted({node.op_type for node in model.graph} & set(FORBIDDEN_OPS))
     if forbidden:

@@ -411,9 +411,10 @@ class Engine:
         if self.memory_budget is None:
             return Need(0, {})
         stages = [order.last] if order.plan is None or order.plan.ssr is None else [order.plan.base, order.last]
-        owner = 0 if order.feed is None else id(order)
+        owner = 0 if order.feed is None and not order.is_chained else id(order)
         calls = {call_shape(stage, owner): self._call_bytes(stage) for stage in stages}
-        own = max(self._clip_bytes(stage) for stage in stages)
+        # A chain's stages run at once, others one after the other.
+        own = (sum if order.is_chained else max)(self._clip_bytes(stage) for stage in stages)
         last = order.last
         pixel = 3 if request.output_type == "uint8" else 12
         kept = last.windows.num_frames if buffer_frames is None else buffer_frames + last.windows.window

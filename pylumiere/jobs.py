@@ -58,6 +58,14 @@ class Order:
     crop: tuple[int, int]
     feed: Feed | None = None
 
+    @property
+    def is_chained(self) -> bool:
+        """Whether the last stage begins before the base has ended. A loop's base has no final frame before its end."""
+        if self.plan is None or self.plan.ssr is None:
+            return False
+        windows = self.plan.base.windows
+        return windows.num_windows > 1 and not windows.loop
+
 
 class Job:
     """A submitted request. Also awaitable; cancelling the task that awaits it cancels the job.

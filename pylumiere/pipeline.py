@@ -226,6 +226,11 @@ class Feed:
         """Whether that many frames have arrived in all, or no more will."""
         return self._ended or self._arrived >= num_frames
 
+    @property
+    def backlog(self) -> int:
+        """Frames that nobody has taken yet."""
+        return len(self._frames)
+
     def __iter__(self) -> Feed:
         return self
 

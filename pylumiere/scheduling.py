@@ -22,7 +22,7 @@ from pylumiere.batching import Bucket, Call, CallShape, Lanes
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.jobs import Job
 from pylumiere.memory import Budget, CallBytes, Need, resident_bytes
-from pylumiere.pipeline import Pipeline, StagePlan, StageRun
+from pylumiere.pipeline import Feed, Pipeline, StagePlan, StageRun
 from pylumiere.request import Progress
 from pylumiere.tracing import Tracer
 
@@ -34,7 +34,11 @@ logger = logging.getLogger("pylumiere")
 
 @dataclass
 class _Work:
-    """A job that runs: where it is, and the base's frames for the stage that follows."""
+    """A job's stage that runs: where it is, and the base's frames for the stage that follows.
+
+    A clip whose base has several windows is in both stages at once: `follower` is its super-resolution, and the base's
+    frames go there through `feed` as they become final.
+    """
 
     job: Job
     need: Need
@@ -44,6 +48,9 @@ class _Work:
     handle: int = -1
     text: Any = None
     low: list[np.ndarray] = field(default_factory=list)
+    feed: Feed | None = None
+    follower: _Work | None = None
+    is_follower: bool = False
     tasks_done: int = 0
     begun: float = 0.0
     is_paused: bool = False
@@ -307,7 +314,7 @@ class Scheduler:
     def _admit(self) -> None:
         while True:
             with self.lock:
-                if not self._waiting or len(self._running) >= self.max_running:
+                if not self._waiting or sum(not w.is_follower for w in self._running) >= self.max_running:
                     return
                 job, need = self._waiting[0]
                 if not self.budget.fits([work.need for work in self._running], need):
@@ -333,6 +340,13 @@ class Scheduler:
         work.text = self.pipeline.embed(order.plan)
         work.job._lap("text")
         self._enter(work, self.pipeline.base(order.plan, work.text))
+        if order.is_chained:
+            work.feed = Feed()
+            follower = work.follower = _Work(work.job, Need(0, {}), self._next_owner, is_follower=True)
+            self._next_owner += 1
+            with self.lock:
+                self._running.append(follower)
+            self._enter(follower, self.pipeline.ssr(order.last, work.feed, order.seed, work.text))
 
     def _enter(self, work: _Work, run: StageRun) -> None:
         """Into the bucket of a stage's calls."""
@@ -362,7 +376,7 @@ class Scheduler:
         self._drop_if_idle(bucket)
 
     def _drop_if_idle(self, bucket: Bucket) -> None:
-        if not bucket.runs and bucket.call is None and bucket.shape not in self._warm:
+        if not bucket.runs and (bucket.call is None or not bucket.call.is_sent) and bucket.shape not in self._warm:
             self._buckets.pop(bucket.shape, None)
 
     def _end(self, work: _Work, error: BaseException | None = None) -> None:
@@ -388,6 +402,9 @@ class Scheduler:
             self._pause(work)
 
     def _ask_for(self, work: _Work, wanted: int) -> None:
+        """Asks whoever follows the job to read more of its input; frames of the base come by themselves."""
+        if work.job._order.feed is None:
+            return
         with self.lock:
             work.job._frames_wanted = wanted
             work.job._changed.notify_all()
@@ -397,6 +414,8 @@ class Scheduler:
         job = work.job
         with self.lock:
             rests = job._step_ended is not None or (work.run.stage is job._order.last and not job._has_room())
+        if work.follower is not None:  # not further ahead of it than a few windows
+            rests = rests or work.feed.backlog > 4 * work.run.stage.windows.window
         if rests != work.is_paused:
             work.bucket.sampler.set_paused(work.handle, rests)
             work.is_paused = rests
@@ -510,7 +529,10 @@ class Scheduler:
                 task = None if job._order.plan is None else job._order.plan.task
                 if task is not None and work.run.stage is job._order.plan.base:
                     frames = task.settle(start, frames)
-                if not is_last:
+                if work.follower is not None:
+                    for frame in frames:
+                        work.feed.put(frame)
+                elif not is_last:
                     work.low.append(frames)
                 elif task is None or task.kept is None:
                     job._deliver(frames)
@@ -528,6 +550,11 @@ class Scheduler:
             self._counts.stage(stage.name, time.monotonic() - work.begun)
         if is_last:
             self._end(work)
+        elif work.follower is not None:
+            work.feed.end()
+            work.follower.need, work.follower.is_follower = work.need, False
+            with self.lock:
+                self._running.remove(work)
         else:
             low, work.low = np.concatenate(work.low), []
             order = job._order

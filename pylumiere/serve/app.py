@@ -584,6 +584,10 @@ def _add_errors(app: FastAPI) -> None:
         name = str(item["loc"][-1])[:100]
         return answer(ApiError(400, f"{name}: {item['msg']}", code="invalid_value", param=name))
 
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(_: Request, error: ClientDisconnect):
+        return Response(status_code=400)  # nobody reads it
+
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException):
         codes = {404: "not_found", 405: "method_not_allowed"}

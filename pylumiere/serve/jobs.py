@@ -134,7 +134,7 @@ class Runner:
             return self.store.claim()
         except Exception:
             logger.exception("the store cannot be read")
-            time.sleep(1)
+            self._changed.wait(1.0)
             return None
 
     def _sweep(self) -> None:

@@ -217,7 +217,8 @@ def _make_front(options: RayOptions):
     """The deployment of the routes. Its ASGI application is made in the replica, never pickled."""
 
     def make_app():
-        return create_app(make_service(options, serve.get_deployment_handle("engine", app_name="pylumiere")))
+        name = serve.get_replica_context().app_name
+        return create_app(make_service(options, serve.get_deployment_handle("engine", app_name=name)))
 
     @serve.deployment(name="front", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
     @serve.ingress(make_app)
@@ -229,7 +230,7 @@ def _make_front(options: RayOptions):
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The application, for `serve run pylumiere.serve.ray_app:build model=... data=...`; its name must be pylumiere.
+    """The application, for `serve run pylumiere.serve.ray_app:build model=... data=...`.
 
     Raises:
         InvalidRequest: an argument that is unknown or of the wrong kind.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from pylumiere.errors import InvalidRequest
+from pylumiere.errors import BudgetExceeded, InvalidRequest
 from pylumiere.serve.app import Limits, Service, create_app
 from pylumiere.serve.hub import Hub
 from pylumiere.serve.jobs import LocalWorker
@@ -143,7 +143,7 @@ def serve(options: ServeOptions) -> None:
         store = Store(options.data, keep_seconds=options.keep_seconds, keep_bytes=options.keep_bytes)
         engine = Engine.load(
             options.model, backend=options.backend, device=options.device, precision=options.precision,
-            memory_budget=options.memory_budget,
+            memory_budget=options.memory_budget, max_running=options.concurrency,
         )  # fmt: skip
         service = Service(
             engine.config, store, keys, options.limits, options.concurrency,
@@ -151,7 +151,15 @@ def serve(options: ServeOptions) -> None:
         )  # fmt: skip
         worker = LocalWorker(engine)
         worker.watch(service.metrics)
-        server = make_server(service, on_start=lambda: service.start(worker))
+
+        def start() -> None:
+            try:
+                engine.warm_up()
+            except BudgetExceeded as error:
+                logger.warning("no warm-up for the model's default clip: %s", error)
+            service.start(worker)
+
+        server = make_server(service, on_start=start)
         address, port = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         print(f"pylumiere: serving {engine.config.name} on http://{host}:{port} (data in {store.folder})", flush=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import platform
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,13 @@ from pylumiere.checkpoint import find_model, read_config
 from pylumiere.engine import Chunk, Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
 from pylumiere.request import GenerationRequest, Progress
+from pylumiere.serve import spread
 from pylumiere.serve.app import Limits, Service, create_app
 from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost
 from pylumiere.serve.keys import KeyRing, read_keys
 from pylumiere.serve.store import Store
+
+WINDOW_SECONDS = 600.0
 
 logger = logging.getLogger("pylumiere")
 
@@ -49,6 +51,7 @@ class RayOptions:
         clips_per_replica: in one engine at once.
         num_cpus, num_gpus: that Ray reserves for a replica.
         threads: of torch in a replica; the same everywhere, or results differ in their last bits.
+        windows: further replicas that compute windows of the super-resolution stage for the engines (`spread.py`).
     """
 
     model: str = "demo"
@@ -60,6 +63,7 @@ class RayOptions:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 1
+    windows: int = 0
     memory_budget: str | None = None
     backend: str = "auto"
     device: str = "auto"
@@ -71,39 +75,54 @@ class RayOptions:
         if unknown:
             allowed = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"unknown argument {sorted(unknown)[0]!r}; allowed: {allowed}")
-        kinds = {"replicas": int, "min_replicas": int, "clips_per_replica": int, "threads": int, "num_cpus": float,
-                 "num_gpus": float}  # fmt: skip
+        kinds = {"replicas": int, "min_replicas": int, "clips_per_replica": int, "threads": int, "windows": int,
+                 "num_cpus": float, "num_gpus": float}  # fmt: skip
         try:
             return cls(**{name: kinds.get(name, lambda v: v)(value) for name, value in arguments.items()})
         except ValueError as error:
             raise InvalidRequest(f"an argument is no number: {error}") from None
 
 
-def fingerprint(engine: Engine) -> dict[str, Any]:
-    """What two replicas must have in common for the same bits."""
+def _load(options: RayOptions, **more: Any) -> Engine:
     import torch
 
-    info = engine.info()
-    return {
-        "versions": info["versions"], "backend": info["backend"], "precision": info["precision"],
-        "device": torch.cuda.get_device_name() if info["device"].startswith("cuda") else platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "threads": info["num_threads"],
-        "model": info["model"], "weight_bytes": info["weight_bytes"], "reproducible": info["reproducible"],
-    }  # fmt: skip
+    torch.set_num_threads(options.threads)
+    return Engine.load(
+        options.model, backend=options.backend, device=options.device, precision=options.precision,
+        memory_budget=options.memory_budget, **more,
+    )  # fmt: skip
+
+
+@serve.deployment(name="windows")
+class WindowReplica:
+    """Computes single network calls for the engines."""
+
+    def __init__(self, options: RayOptions):
+        self._engine = _load(options)
+        self._mark = spread.fingerprint(self._engine)
+
+    def predict(self, stage: str, arrays: spread.Arrays, num_threads: int) -> tuple[str, np.ndarray]:
+        return self._mark, spread.answer(self._engine, stage, arrays, num_threads)
 
 
 @serve.deployment(name="engine")
 class EngineReplica:
     """One engine. Its clips are streams of messages, so that the front sees frames as they become final."""
 
-    def __init__(self, options: RayOptions):
-        import torch
+    def __init__(self, options: RayOptions, windows=None):
+        self._spread = None
+        if windows is None:
+            self._engine = _load(options)
+            return
+        self._engine = _load(options, max_batch=2 * (options.windows + options.threads))
 
-        torch.set_num_threads(options.threads)
-        self._engine = Engine.load(
-            options.model, backend=options.backend, device=options.device, precision=options.precision,
-            memory_budget=options.memory_budget,
-        )  # fmt: skip
+        def place(stage: str, arrays: spread.Arrays, num_threads: int) -> tuple[str, np.ndarray]:
+            try:
+                return windows.predict.remote(stage, arrays, num_threads).result(timeout_s=WINDOW_SECONDS)
+            except (RayError, serve.exceptions.RayServeException, TimeoutError) as error:
+                raise spread.PlaceLost(type(error).__name__) from error
+
+        self._spread = spread.spread(self._engine, place, options.windows)
 
     async def generate(self, fields: dict[str, Any]) -> AsyncIterator[tuple]:
         """("progress", fields), ("frames", start, pixels), then ("done", metadata) or ("refused", kind, text).
@@ -147,7 +166,9 @@ class EngineReplica:
             await thread
 
     async def fingerprint(self) -> dict[str, Any]:
-        return {**fingerprint(self._engine), "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        """Also the process, and how many calls were computed where."""
+        computed = None if self._spread is None else dict(self._spread.computed)
+        return {**spread.facts(self._engine), "pid": os.getpid(), "computed": computed}
 
 
 class RayWorker:
@@ -236,6 +257,15 @@ def build(arguments: dict[str, Any]) -> Any:
         InvalidRequest: an argument that is unknown or of the wrong kind.
     """
     options = RayOptions.parse(arguments)
+    resources = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    helpers = []
+    if options.windows:
+        helpers = [
+            WindowReplica.options(
+                num_replicas=options.windows, max_ongoing_requests=1, health_check_period_s=5,
+                ray_actor_options=resources,
+            ).bind(options)
+        ]  # fmt: skip
     engine = EngineReplica.options(
         max_ongoing_requests=options.clips_per_replica, health_check_period_s=5, graceful_shutdown_timeout_s=10,
         autoscaling_config={
@@ -243,9 +273,9 @@ def build(arguments: dict[str, Any]) -> Any:
             "target_ongoing_requests": max(1, options.clips_per_replica), "upscale_delay_s": 5,
             "downscale_delay_s": 300,
         },
-        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
-    ).bind(options)  # fmt: skip
+        ray_actor_options=resources,
+    ).bind(options, *helpers)  # fmt: skip
     return _make_front(options).bind(engine)
 
 
-__all__ = ["EngineReplica", "RayOptions", "RayWorker", "build", "fingerprint", "make_service"]
+__all__ = ["EngineReplica", "RayOptions", "RayWorker", "WindowReplica", "build", "make_service"]

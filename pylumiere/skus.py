@@ -92,11 +92,9 @@ def find_sku(name: str) -> Sku | int:
     if (match := re.fullmatch(r"sm(\d{2,3})", plain)) and int(match[1]) in ALL_SMS:
         return int(match[1])
     close = difflib.get_close_matches(plain, _BY_NAME, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    known = ", ".join(sku.name for sku in SKUS)
-    sms = ", ".join(f"sm_{sm}" for sm in ALL_SMS)
-    raise InvalidRequest(f"SKU {name[:60]!r} is unknown{hint} Known: {known}, {sms}, all, this" if hint else
-                         f"SKU {name[:60]!r} is unknown; known: {known}, {sms}, all, this")  # fmt: skip
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    known = ", ".join([*(sku.name for sku in SKUS), *(f"sm_{sm}" for sm in ALL_SMS)])
+    raise InvalidRequest(f"SKU {name[:60]!r} is unknown{hint}; known are {known}, all, this")
 
 
 def sms_of(names: Iterable[str]) -> tuple[int, ...]:

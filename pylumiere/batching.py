@@ -11,6 +11,7 @@ networks, Zen 5). It also means that every network call has one row, whatever th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,18 +70,26 @@ class Bucket:
             fixed_batch=fixed_batch, num_threads=backend.num_threads if values > 2**21 else 1,
         )  # fmt: skip
         rows, device = self.groups * capacity, backend.device
-        self._device_calls, self._graph = device_calls, None
+        self._device_calls = device_calls
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
         on_gpu = device_calls is not None
-        self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
-        self._given = self._sample if not on_gpu else torch.zeros(self._sample.shape, pin_memory=True)
-        self._times = torch.zeros(rows, device=device)
-        self._out = torch.zeros(rows, shape.frames, *frame, pin_memory=on_gpu)
-        self._text = self._mask = self._level = None
-        if network.text_dim:
-            self._text = torch.zeros(rows, text_tokens, network.text_dim, device=device)
-            self._mask = torch.zeros(rows, text_tokens, dtype=torch.bool, device=device)
-        if network.noise_level:
-            self._level = torch.zeros(rows, device=device)
+        with device_calls.making() if on_gpu else contextlib.nullcontext():
+            self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
+            self._times = torch.zeros(rows, device=device)
+            self._text = self._mask = self._level = None
+            if network.text_dim:
+                self._text = torch.zeros(rows, text_tokens, network.text_dim, device=device)
+                self._mask = torch.zeros(rows, text_tokens, dtype=torch.bool, device=device)
+            if network.noise_level:
+                self._level = torch.zeros(rows, device=device)
+            self._result = torch.zeros(rows, shape.frames, *frame, device=device) if on_gpu else None
+        # What `fill` writes and `complete` reads: on a CPU the buffers themselves, on a GPU pinned copies of them.
+        self._out = device_calls.pinned(self._result) if on_gpu else torch.zeros(rows, shape.frames, *frame)
+        self._buffers = {
+            name: (buffer, device_calls.pinned(buffer) if on_gpu else buffer)
+            for name in ("sample", "times", "text", "mask", "level")
+            if (buffer := getattr(self, f"_{name}")) is not None
+        }
         self.runs: dict[int, StageRun] = {}
         self.call: Call | None = None
         self.service = 0.0  # seconds of a lane that each clip here has had
@@ -146,8 +154,9 @@ class Bucket:
             InvalidRequest: an input that ended too early.
         """
         batch, rows = self.call.batch, len(self.call.batch.x)
-        sample = self._rows(self._given, rows)
-        sample[..., :3] = torch.from_numpy(batch.x)
+        to = {name: self._rows(source, rows) for name, (_, source) in self._buffers.items()}
+        to["sample"][..., :3] = torch.from_numpy(batch.x)
+        to["times"][:] = torch.from_numpy(batch.timesteps)
         for row in range(rows):
             source = row if row < batch.num_tasks else 0  # the others repeat the first
             run = self.runs.get(int(batch.clips[source]))
@@ -158,44 +167,59 @@ class Bucket:
                 available, _ = run.source.require(int(frames.max()) + 1)
                 if available <= int(frames.max()):
                     raise InvalidRequest(f"the input ended after {available} of {run.length} frames")
-            sample[:, row, ..., 3:] = run.given(int(batch.windows[source]), frames)
-            if self._text is not None:
+            to["sample"][:, row, ..., 3:] = run.given(int(batch.windows[source]), frames)
+            if "text" in to:
                 text, mask = run.text
-                self._rows(self._text, rows)[:, row] = text[: self.groups]
-                self._rows(self._mask, rows)[:, row] = mask[: self.groups]
-            if self._level is not None:
-                self._rows(self._level, rows)[:, row] = run.noise_level
+                to["text"][:, row], to["mask"][:, row] = text[: self.groups], mask[: self.groups]
+            if "level" in to:
+                to["level"][:, row] = run.noise_level
         self.call.held = self._held()
-        count = self.groups * rows
-        self._times[:count] = torch.from_numpy(np.tile(batch.timesteps, self.groups))
         if self._device_calls is not None:
-            self._device_calls.copy_in(self._sample[:count], self._given[:count])
+            count = self.groups * rows
+            self._device_calls.copy_in((buffer[:count], source[:count]) for buffer, source in self._buffers.values())
 
     def compute(self, rows: slice, num_threads: int | None) -> None:
         """Computes some rows of the current call. From any thread, several at once."""
         if self._device_calls is None:
-            self._out[rows].copy_(self._hold(self._predict(rows, num_threads), rows))
+            self._out[rows].copy_(self._predict(rows, num_threads))
+            self._hold(self._out, rows)
             return
-        graph = self._graph if rows == slice(0, len(self._sample)) else None
-        self._device_calls.run(
-            lambda: self._hold(self._predict(rows) if graph is None else graph(), rows), self._out[rows]
-        )
+        graph = self._graphs.get(rows.stop) if rows.start == 0 else None
+
+        def compute() -> None:
+            if graph is None:
+                self._result[rows].copy_(self._predict(rows))
+            else:
+                graph.replay()
+            self._hold(self._result, rows)
+
+        self._device_calls.run(compute, self._result[rows], self._out[rows])
 
     def warm_up(self, num_threads: int | None, part_rows: int | None) -> None:
         """Calls the network once, in the shape of a part, so that what libraries prepare is prepared; from a lane."""
-        self._predict(slice(0, part_rows or len(self._sample)), num_threads)
+        if self._device_calls is None:
+            self._predict(slice(0, part_rows or len(self._sample)), num_threads)
+        else:
+            everything, scratch = slice(0, len(self._sample)), self._device_calls.pinned(self._out)
+            self._device_calls.run(lambda: self._predict(everything), self._result, scratch)
 
-    def capture(self) -> None:
-        """Captures the full call as a CUDA graph. Nothing without a GPU; once."""
-        if self._device_calls is None or self._graph is not None:
-            return
-        graph, result = self._device_calls.capture(lambda: self._predict(slice(0, len(self._sample))))
+    def graph_sizes(self) -> list[int]:
+        """Numbers of windows of the calls that are captured as CUDA graphs: all that there can be. None without a GPU,
+        for a style (its network may be let go of), or for a backend that cannot be captured.
+        """
+        can_capture = self.shape.style is None and getattr(self.backend, "can_capture", False)
+        if self._device_calls is None or not can_capture:
+            return []
+        capacity = self.sampler.capacity
+        return [capacity] if self.sampler.fixed_batch else list(range(1, capacity + 1))
 
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        self._graph = replay
+    def capture(self, windows: int) -> None:
+        """Captures the call of that many windows as a CUDA graph; once."""
+        rows = self.groups * windows
+        if rows not in self._graphs:
+            self._graphs[rows] = self._device_calls.capture(
+                lambda: self._result[:rows].copy_(self._predict(slice(0, rows)))
+            )
 
     def _predict(self, rows: slice, num_threads: int | None = None) -> Tensor:
         part = [None if t is None else t[rows] for t in (self._text, self._mask, self._level)]
@@ -204,19 +228,13 @@ class Bucket:
             self.shape.stage, self._sample[rows], self._times[rows], *part, num_threads=num_threads, **style
         )
 
-    def _hold(self, out: Tensor, rows: slice) -> Tensor:
-        """Given pixels held in the rows of clips that ask for it."""
-        held = {
-            row: coefficients
-            for row in range(rows.start, rows.stop)
-            if (coefficients := self.call.held.get(row % len(self.call.batch.x))) is not None
-        }
-        if held:
-            out = out.clone()  # it may be a buffer of the backend's
-        for row, coefficients in held.items():
-            noisy, given = self._sample[row].split([3, 4], -1)
-            out[row - rows.start] = hold(out[row - rows.start], noisy, given, *coefficients)
-        return out
+    def _hold(self, out: Tensor, rows: slice) -> None:
+        """Given pixels are held in the rows of clips that ask for it."""
+        for row in range(rows.start, rows.stop):
+            coefficients = self.call.held.get(row % len(self.call.batch.x))
+            if coefficients is not None:
+                noisy, given = self._sample[row].split([3, 4], -1)
+                out[row] = hold(out[row], noisy, given, *coefficients)
 
     def _held(self) -> dict[int, tuple[float, float]]:
         """The windows of the current call whose given pixels are held, with u and v of their step."""

@@ -285,12 +285,11 @@ class Pipeline:
         return (self.config.base if stage == "base" else self.config.ssr).network
 
     def embed(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Text rows [G, L, D] and mask [G, L] on the device: the prompt, and for guidance what to lead away from."""
+        """Text rows [G, L, D] and mask [G, L]: the prompt, and for guidance what to lead away from."""
         prompts = [plan.request.prompt]
         if plan.base.is_guided:
             prompts.append(plan.request.negative_prompt)
-        embeddings, mask = self.encoder.encode(prompts)
-        return embeddings.to(self.backend.device), mask.to(self.backend.device)
+        return self.encoder.encode(prompts)
 
     def base(self, plan: Plan, text: tuple[Tensor, Tensor]) -> StageRun:
         """The base stage of a request."""

@@ -33,7 +33,8 @@ MAX_INPUT_BYTES = 2**31  # of one image, video or mask
 class Progress:
     """Where a generation stands; what `callback_on_step_end` receives after every denoiser call.
 
-    Stages run one after the other. A stage that works in windows runs tasks (window, step) in an order of its own;
+    Stages run one after the other; for a clip longer than the base's window they run at once, and reports of both
+    alternate. A stage that works in windows runs tasks (window, step) in an order of its own;
     `step` is then the number of tasks done over the number of windows, rounded down. While an input of unknown length
     is read, `step` is the number of tasks done, and what depends on the length is None.
     """

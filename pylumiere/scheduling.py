@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pylumiere")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """A job's stage that runs: where it is, and the base's frames for the stage that follows.
 
@@ -193,18 +193,23 @@ class Scheduler:
         finished: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def prepare() -> None:
-            warm = dict(self.budget.warm)
+            warm, shapes, fixed = dict(self.budget.warm), set(self._warm), dict(self.budget.fixed)
             try:
                 self.budget.warm.update((call_shape(stage), size) for stage, size in stages)
                 self.budget.check()
-                for stage, _ in stages:
+                graphs = []
+                for stage, size in stages:
                     bucket = self._bucket(call_shape(stage))
-                    self._lanes.in_each(bucket.warm_up)
-                    bucket.capture()
                     self._warm.add(bucket.shape)
+                    self._lanes.in_each(bucket.warm_up)
+                    of_one = size.activations / bucket.sampler.capacity
+                    graphs += [(of_one * windows, bucket, windows) for windows in bucket.graph_sizes()]
+                self._capture(graphs)
                 finished.set_result(None)
             except BaseException as error:
-                self.budget.warm = warm
+                self.budget.warm, self._warm, self.budget.fixed = warm, shapes, fixed
+                for bucket in list(self._buckets.values()):
+                    self._drop_if_idle(bucket)
                 finished.set_exception(error)
 
         with self.lock:
@@ -215,6 +220,19 @@ class Scheduler:
             self.notify()
         finished.result()
 
+    def _capture(self, graphs: list[tuple[float, Bucket, int]]) -> None:
+        """Captures calls (bytes, bucket, windows), largest first, while no lane computes."""
+        if not graphs:
+            return
+        with self.lock:
+            while self._in_flight:
+                self._changed.wait()
+        for _, bucket, windows in sorted(graphs, key=lambda graph: graph[0], reverse=True):
+            bucket.capture(windows)
+        # The pool keeps what the largest graph needs; calls without a graph take theirs beside it.
+        self.budget.fixed["graphs"] = max(int(max(size for size, _, _ in graphs)), self.budget.fixed.get("graphs", 0))
+        self.budget.check()
+
     def metrics(self) -> dict[str, Any]:
         """A snapshot, as JSON values."""
         with self.lock:
@@ -222,7 +240,7 @@ class Scheduler:
             planned = self.budget.total([work.need for work in self._running])
             stages = {name: stage.to_dict() for name, stage in counts.stages.items()}
             return {
-                "requests": {"queued": len(self._waiting), "running": len(self._running), **counts.ended},
+                "requests": {"queued": len(self._waiting), "running": self._num_running(), **counts.ended},
                 "frames": counts.frames,
                 "stages": stages,
                 "parts_in_flight": self._in_flight,
@@ -311,10 +329,13 @@ class Scheduler:
 
     # -- requests come and go
 
+    def _num_running(self) -> int:
+        return sum(not work.is_follower for work in self._running)
+
     def _admit(self) -> None:
         while True:
             with self.lock:
-                if not self._waiting or sum(not w.is_follower for w in self._running) >= self.max_running:
+                if not self._waiting or self._num_running() >= self.max_running:
                     return
                 job, need = self._waiting[0]
                 if not self.budget.fits([work.need for work in self._running], need):

@@ -175,6 +175,27 @@ def test_callback_sees_every_call_in_this_thread(engine):
     assert progress[-1].frames_final == progress[-1].num_frames == 8
 
 
+def test_progress_only_grows_and_ends_complete(engine):
+    """20 frames: the base has several windows, so both stages run at once."""
+    for num_frames in (8, 20):
+        seen = []
+        job = engine.submit("x", seed=1, num_frames=num_frames, callback_on_step_end=lambda p, to=seen: to.append(p))
+        assert job.progress is None or job.progress.step <= 4
+        job.result(60)
+        assert job.progress is seen[-1] and job.progress.stage == "ssr"
+        for stage, steps in (("base", 4), ("ssr", 2)):
+            reports = [p for p in seen if p.stage == stage]
+            assert {(p.steps, p.num_frames) for p in reports} == {(steps, num_frames)}
+            for name in ("step", "frames_final"):
+                values = [getattr(p, name) for p in reports]
+                assert values == sorted(values), (stage, name)
+            assert all(p.seconds_left > 0 for p in reports[:-1])
+            last = reports[-1]
+            assert (last.step, last.frames_final, last.seconds_left) == (steps, num_frames, 0)
+        early = next(p for p in seen if p.stage == "ssr")
+        assert early.frames_final < num_frames and early.step < early.steps
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_a_callback_raises_ends_the_work(engine, calls, error):
     def callback(progress):

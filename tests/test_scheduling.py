@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -99,7 +100,9 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)  # fmt: skip
 @given(
     requests=st.lists(st.tuples(REQUESTS, st.sampled_from(["whole", "chunks", "cancel"])), min_size=2, max_size=4),
     capacity=st.integers(1, 4),
@@ -140,7 +143,7 @@ def test_windows_of_several_requests_share_calls(engine):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_row_of_the_demo_has_the_same_bits_with_one_thread_and_two(precision):
-    """What `reproducible` stands on: a lane computes a row alone. In one call with others, fp32 rows differ by place."""
+    """What `reproducible` stands on: a lane computes a row alone. Beside others in a call, fp32 rows differ by place."""
     backend = TorchBackend(load_checkpoint(find_model("demo")), choose("torch", "cpu", precision))
     generator = torch.Generator().manual_seed(0)
     for stage, shape, channels in (("base", (8, 32, 32), 7), ("ssr", (8, 64, 64), 6)):
@@ -264,6 +267,36 @@ def test_cancel_frees_the_slot_while_the_call_still_runs(engine, monkeypatch):
     assert gate.rows == 2
 
 
+def test_cancel_while_a_call_waits_for_its_input(engine):
+    """The call has been chosen and not sent; its buffers go with the clip."""
+    release, errors = threading.Event(), []
+
+    def frames():
+        for index in range(11):
+            if index == 2:
+                release.wait(30)
+            yield np.zeros((16, 16, 3), np.uint8)
+
+    def read():
+        try:
+            engine.upscale(frames(), num_frames=11).collect()
+        except Cancelled as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    scheduler = engine._scheduler
+    wait_until(lambda: any(b.call is not None and not b.call.is_sent for b in list(scheduler._buckets.values())))
+    with scheduler.lock:
+        (work,) = scheduler._running
+    work.job.cancel()
+    wait_until(lambda: engine.metrics()["call_shapes"] == 0)
+    release.set()
+    reader.join(30)
+    assert len(errors) == 1
+    assert engine.submit("x", seed=1, num_frames=2).result(30).frames.shape[0] == 2
+
+
 def test_deadline_of_a_running_and_of_a_waiting_request(folder, monkeypatch):
     with Engine.load(folder, precision="fp32", max_running=1) as engine:
         gate = Gate(engine, monkeypatch)
@@ -359,6 +392,59 @@ def test_storm(engine):
     wait_until(lambda: engine.metrics()["requests"]["running"] == 0 and engine.metrics()["parts_in_flight"] == 0)
     counts = engine.metrics()["requests"]
     assert counts["completed"] + counts["cancelled"] == 36 and counts["failed"] == 0
+
+
+# ---- warm-up ---------------------------------------------------------------------------------------------------------
+
+WARM_TEST = """
+import ctypes, sys, threading
+import torch
+torch.set_num_threads(2)
+from pylumiere.engine import Engine
+
+def mark(text):
+    ctypes.CDLL(None).fflush(None)
+    print("==", text, flush=True)
+
+with Engine.load(sys.argv[1], precision=sys.argv[2]) as engine:
+    engine.warm_up([{}, {"num_frames": 4, "guidance_scale": 1.0}])
+    mark("warm")
+    threads, buckets = set(threading.enumerate()), dict(engine._scheduler._buckets)
+    jobs = [engine.submit("x", seed=seed, **fields) for seed in range(2)
+            for fields in ({}, {"num_frames": 4, "guidance_scale": 1.0})]
+    for job in jobs:
+        job.result(60)
+    assert set(threading.enumerate()) <= threads, "no thread was started"
+    assert engine._scheduler._buckets == buckets and len(buckets) == 4, "no buffers were made"
+    mark("new")
+    engine.generate("x", seed=1, num_frames=6)
+    mark("end")
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_after_the_warm_up_nothing_is_prepared_any_more(folder, precision):
+    """oneDNN tells of every primitive that it has to generate; a shape that was not warmed up shows that it does."""
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", WARM_TEST, str(folder), precision], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "ONEDNN_VERBOSE": "profile_create"}, check=False,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    generated, part = {"before": 0, "warm": 0, "new": 0, "end": 0}, "before"
+    for line in out.stdout.splitlines():
+        part = line[3:] if line.startswith("== ") else part
+        generated[part] += "create:cache_miss" in line
+    assert generated["before"] > 0 and generated["new"] > 0, "the test would see what it looks for"
+    assert generated["warm"] == 0
+
+
+def test_a_warm_up_that_fails_leaves_nothing(engine, monkeypatch):
+    monkeypatch.setattr(engine._backend, "predict", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.warm_up()
+    assert engine.metrics()["call_shapes"] == 0 and not engine._scheduler.budget.warm
+    monkeypatch.undo()
+    assert engine.warm_up() > 0 and engine.metrics()["call_shapes"] == 2
 
 
 # ---- budget ----------------------------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """CUDA graphs of network calls: captured when an engine warms up, replayed without Python or launches in between.
 
 All graphs of an engine share one memory pool. They are captured largest first, so that a smaller one lives in what a
-larger one has let go of; and they replay on one stream, since two at once would write the same memory. A graph reads
-and writes the buffers that it was captured with: a bucket's own, which live as long as the bucket.
+larger one has let go of; and they replay on one stream, since two at once would write the same memory. What a graph
+reads and writes from outside lies in buffers of its bucket, not in the pool: nothing of a call that has ended is in the
+way of the next one.
 
 Operands come from pinned memory on a stream of their own, and results leave on another, so that copies of one call pass
-beside the computation of another.
+beside the computation of another. Torch's streams do not wait for the default stream: whatever a call reads must have
+been written on one of the three here, or by a copy that the host waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -28,43 +32,58 @@ class DeviceCalls:
     def __init__(self, device: torch.device):
         self.device = device
         self.captured = 0
-        with torch.cuda.device(device):
-            self._compute, self._copy_in, self._copy_out = (torch.cuda.Stream() for _ in range(3))
+        self._compute, self._copy_in, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
         self._pool = None
+        self._lock = threading.Lock()
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Captures `function`, which must read and write the same memory at every call. Returns the graph and its
-        result, whose memory every replay fills anew."""
-        self._compute.wait_stream(torch.cuda.current_stream(self.device))
+    def making(self) -> AbstractContextManager:
+        """Buffers are made inside: they belong to the stream that writes them first, after their first filling."""
+        return torch.cuda.stream(self._copy_in)
+
+    def pinned(self, like: Tensor) -> Tensor:
+        """Zeros on the host, from and to which copies pass beside other work."""
+        return torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """Captures `function`, which must read and write the same buffers at every call. No call may be under way."""
+        self._compute.wait_stream(self._copy_in)  # the buffers' first filling
         with torch.cuda.stream(self._compute):
             for _ in range(WARM_UP_CALLS):
                 function()
         self._compute.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._compute):
-            result = function()
+        # Other threads of the program may use the GPU meanwhile: only what this one does is checked.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._compute, capture_error_mode="thread_local"):
+            function()
         self._pool = graph.pool()
         self.captured += 1
-        return graph, result
+        return graph
 
-    def copy_in(self, target: Tensor, source: Tensor) -> None:
-        """From pinned memory; the next `run` waits for it. The source must stay unchanged until `run` has returned."""
+    def copy_in(self, operands: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Pairs (buffer, pinned source); the next `run` waits for them. The sources must not change until it returns.
+
+        No call that reads these buffers may be under way."""
         with torch.cuda.stream(self._copy_in):
-            target.copy_(source, non_blocking=True)
+            for buffer, source in operands:
+                buffer.copy_(source, non_blocking=True)
 
-    def run(self, compute: Callable[[], Tensor], target: Tensor) -> None:
-        """Computes (a replay, or calls of the network), copies the result to pinned memory and waits for that.
-
-        From one thread or several: they queue on the compute stream, and waiting lets go of Python's lock.
+    def run(self, compute: Callable[[], object], result: Tensor, target: Tensor) -> None:
+        """Lets `compute` (a replay, or calls of the network) fill the buffer `result`, copies it to pinned memory and
+        waits for that, which lets go of Python's lock. From any thread: they queue on the compute stream.
         """
-        self._compute.wait_stream(self._copy_in)
-        with torch.cuda.stream(self._compute):
-            result = compute()
-        self._copy_out.wait_stream(self._compute)
-        with torch.cuda.stream(self._copy_out):
-            target.copy_(result, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        # The next replay writes the result's memory again.
-        self._compute.wait_event(done)
-        done.synchronize()
+        try:
+            with self._lock:  # a call's copy waits for that call, not for one that another thread put in between
+                self._compute.wait_stream(self._copy_in)
+                with torch.cuda.stream(self._compute):
+                    compute()
+                self._copy_out.wait_stream(self._compute)
+                with torch.cuda.stream(self._copy_out):
+                    target.copy_(result, non_blocking=True)
+                    done = torch.cuda.Event(blocking=True)
+                    done.record()
+            done.synchronize()
+        except BaseException:
+            # The buffers may be freed next, and nothing may be on its way to or from them then.
+            for stream in (self._copy_in, self._compute, self._copy_out):
+                stream.synchronize()
+            raise

@@ -35,6 +35,7 @@ class TorchBackend:
 
     name = "torch"
     takes_styles = True
+    can_capture = True  # calls can be captured as CUDA graphs
 
     def __init__(self, checkpoint: Checkpoint, choice: Choice):
         self.device, self.dtype = choice.device, choice.dtype

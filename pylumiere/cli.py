@@ -278,6 +278,7 @@ def serve(
     queue_limit: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs that wait; more get 429.")] = 256,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "12MiB",
     max_pixels: Annotated[int, typer.Option(min=1, max=2**28, help="Largest input picture.")] = 2**24,
+    max_frames: Annotated[int | None, typer.Option(min=1, max=10**6, help="Longest clip.")] = None,
     keep_for: Annotated[str | None, typer.Option(help="Ended jobs are removed after this, such as 7d or 12h.")] = None,
     keep_size: Annotated[str | None, typer.Option(help="The oldest results are removed beyond this.")] = None,
 ) -> None:
@@ -288,7 +289,9 @@ def serve(
         from pylumiere.serve.server import serve as run
     except ModuleNotFoundError as error:
         raise InvalidRequest(f"the package {error.name} is missing; install pylumiere[serve]") from None
-    limits = Limits(queue=queue_limit, body_bytes=parse_bytes("--max-body", max_body), image_pixels=max_pixels)
+    limits = Limits(
+        queue=queue_limit, body_bytes=parse_bytes("--max-body", max_body), image_pixels=max_pixels, frames=max_frames
+    )
     options = ServeOptions(
         model=model, aliases=tuple(alias or ()), host=host, port=port, data=data, api_keys=api_keys, backend=backend,
         device=device, precision=precision, concurrency=concurrency, limits=limits,

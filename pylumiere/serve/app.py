@@ -70,12 +70,14 @@ class Limits:
         queue: jobs that wait; one more is answered with 429.
         jobs_per_owner: waiting and running, where there are no keys; a key has its own.
         body_bytes, image_pixels: of one request.
+        frames: of one clip; None is the model's own length.
     """
 
     queue: int = 256
     jobs_per_owner: int = 1024
     body_bytes: int = 12 * 2**20
     image_pixels: int = 16 * 2**20
+    frames: int | None = None
 
 
 @dataclass
@@ -98,6 +100,7 @@ class Service:
 
     def __post_init__(self):
         self.names = self.names or (self.config.name,)
+        self.most_frames = self.limits.frames or self.config.base.network.num_frames
         self.created = int(time.time())
         self.runner = Runner(self.store, self.hub, self.metrics, concurrency=self.concurrency)
         self._decoding = threading.BoundedSemaphore(2)  # pictures are large while they are decoded
@@ -133,7 +136,7 @@ class Service:
                 picture = schema.data_url_bytes(create.input_reference.image_url)
             image = None if picture is None else media.decode_image(picture, self.limits.image_pixels)
             try:
-                fields = schema.generation_fields(create, self.config)
+                fields = schema.generation_fields(create, self.config, self.most_frames)
                 fields.setdefault("seed", secrets.randbits(32))
                 plan = self._plan(fields, image)
             except BudgetExceeded as error:
@@ -161,6 +164,8 @@ class Service:
 
     def _plan(self, fields: dict[str, Any], image) -> dict[str, Any]:
         request = schema.generation_request(fields, image)
+        if (request.num_frames or 0) > self.most_frames:
+            raise InvalidRequest(f"num_frames={request.num_frames}: this server makes up to {self.most_frames}")
         plan = plan_request(request, self.config)
         if plan.height % 2 or plan.width % 2:
             raise InvalidRequest(f"size='{plan.width}x{plan.height}': mp4 takes even sizes")
@@ -224,7 +229,7 @@ class Service:
                 "guidance_scale": sampling.guidance_scale,
             },
             limits={
-                "num_frames": {"most": network.num_frames, "step": network.temporal_factor},
+                "num_frames": {"most": self.most_frames, "step": 1},
                 "size": {"step": size_step(self.config), "width": MAX_ENLARGEMENT * made_for.width,
                          "height": MAX_ENLARGEMENT * made_for.height},
             },

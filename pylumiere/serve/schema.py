@@ -3,8 +3,8 @@
 A request's own checks are `GenerationRequest`'s and `plan_request`'s. OpenAI's fields become theirs:
 
     size      "WIDTHxHEIGHT"
-    seconds   num_frames = seconds * fps, rounded to the nearest number of frames that the network divides (at least the
-              smallest). fps is the request's, or the model's. Longer than the model's longest clip is an error.
+    seconds   num_frames = seconds * fps, rounded to the nearest frame, at least one. fps is the request's or the
+              model's. More than the server's limit, which is the model's own length by default, is an error.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CreateVideo(BaseModel):
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, description="What to show.")
     model: str | None = Field(None, max_length=200, description="A name that GET /v1/models lists.")
     seconds: str | float | None = Field(
-        None, description='Length of the clip, such as "4"; rounded to what the network divides.'
+        None, description='Length of the clip, such as "4"; rounded to a whole frame.'
     )
     size: str | None = Field(None, pattern=f"^{_SIZE.pattern}$", description="WIDTHxHEIGHT of the result.")
     input_reference: ImageReference | None = Field(
@@ -155,20 +155,15 @@ def data_url_bytes(url: str) -> bytes:
         ) from None
 
 
-def frames_for(seconds: float, fps: float, config: ModelConfig) -> int:
+def frames_for(seconds: float, fps: float, most: int) -> int:
     """The rule in this module's docstring."""
-    network = config.base.network
-    factor = network.temporal_factor
-    num_frames = max(factor, round(seconds * fps / factor) * factor)
-    if num_frames > network.num_frames:
-        longest = network.num_frames / fps
-        raise InvalidRequest(
-            f"seconds={seconds:g}: this model makes at most {longest:g} s ({network.num_frames} frames)"
-        )
+    num_frames = max(1, round(seconds * fps))
+    if num_frames > most:
+        raise InvalidRequest(f"seconds={seconds:g}: this server makes up to {most / fps:g} s ({most} frames)")
     return num_frames
 
 
-def generation_fields(create: CreateVideo, config: ModelConfig) -> dict[str, Any]:
+def generation_fields(create: CreateVideo, config: ModelConfig, most_frames: int) -> dict[str, Any]:
     """The fields of a GenerationRequest, JSON values only (no picture).
 
     Raises:
@@ -189,7 +184,7 @@ def generation_fields(create: CreateVideo, config: ModelConfig) -> dict[str, Any
             raise InvalidRequest(f"seconds={_short(create.seconds)}: should be a number of seconds, such as '4'")
         if create.num_frames is not None:
             raise InvalidRequest(f"seconds={text}: num_frames={create.num_frames} is given as well; give one of them")
-        fields["num_frames"] = frames_for(float(text), create.fps or config.fps, config)
+        fields["num_frames"] = frames_for(float(text), create.fps or config.fps, most_frames)
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
+from pylumiere.errors import InvalidRequest
 from pylumiere.serve import media
 from pylumiere.serve.app import Limits
 from pylumiere.serve.schema import frames_for
@@ -132,7 +133,8 @@ def test_what_is_not_supported_says_so(server):
 def test_models(server):
     client = server.openai()
     [model] = client.models.list().data
-    assert model.id == "tiny" and model.defaults["num_frames"] == 8 and model.limits["num_frames"]["step"] == 2
+    assert model.id == "tiny" and model.defaults["num_frames"] == 8
+    assert model.limits["num_frames"] == {"most": 8, "step": 1}
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("sora-2")
@@ -270,7 +272,7 @@ BAD = {
     "size zero": ({"size": "0x32"}, "size"),
     "size not divided": ({"size": "33x32"}, "size"),
     "size too large": ({"size": "1280x720"}, "size"),
-    "frames not divided": ({"num_frames": 5}, "num_frames"),
+    "too many frames": ({"num_frames": 9}, "num_frames"),
     "frames as text": ({"num_frames": "4"}, "num_frames"),
     "frames as truth": ({"num_frames": True}, "num_frames"),
     "steps": ({"num_inference_steps": 1001}, "num_inference_steps"),
@@ -386,6 +388,12 @@ def test_full_queue_is_429_with_retry_after(serve):
     assert server.http.post("/v1/videos", json={"prompt": "a", **SLOW}).status_code == 200
 
 
+def test_longer_clips_where_the_server_allows_them(serve):
+    server = serve(limits=Limits(frames=20))
+    assert server.wait(server.create(num_frames=20))["num_frames"] == 20
+    assert server.http.post("/v1/videos", json={"prompt": "a", "num_frames": 21}).status_code == 400
+
+
 def test_sent_twice_is_made_once(server):
     send = lambda: server.http.post("/v1/videos", json={"prompt": "a"}, headers={"Idempotency-Key": "k1"})  # noqa: E731
     first = send().json()
@@ -438,10 +446,11 @@ def test_health_ready_metrics_and_document(server):
     assert "422" not in json.dumps(document)
 
 
-def test_seconds_become_frames(engine):
-    config = engine.config  # 16 fps, at most 8 frames in steps of 2
-    assert [frames_for(s, 16, config) for s in (0.5, 0.3, 0.2, 0.001)] == [8, 4, 4, 2]
-    assert frames_for(1, 8, config) == 8
+def test_seconds_become_frames():
+    assert [frames_for(s, 16, 8) for s in (0.5, 0.3, 0.2, 0.001)] == [8, 5, 3, 1]
+    assert frames_for(1, 8, 8) == 8 and frames_for(5, 16, 80) == 80
+    with pytest.raises(InvalidRequest, match=r"seconds=8: this server makes up to 5 s \(80 frames\)"):
+        frames_for(8, 16, 80)
 
 
 def test_warnings_of_the_client_are_about_openai_only(server):

@@ -359,8 +359,8 @@ def _eight(clip: np.ndarray) -> np.ndarray:
     return clip[np.linspace(0, len(clip) - 1, 8).astype(int)]
 
 
-def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96, colours: int | None = None) -> None:
-    """One strip a row, under its label; with `colours` as a small PNG of so many."""
+def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96) -> None:
+    """One strip a row, under its label."""
     font = ImageFont.load_default(12)
     width = max(len(frames) for _, frames in rows) * side
     heights = [side + (16 if label else 2) for label, _ in rows]
@@ -373,8 +373,19 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, side: int = 96
             sheet.paste(tile, (i * side, y + height - side))
         y += height
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = sheet if colours is None else sheet.quantize(colours, dither=Image.Dither.NONE)
-    sheet.save(path, optimize=True)
+    sheet.save(path)
+
+
+def gallery(sheets: Path, path: Path) -> None:
+    """The first strips of all applications that have been run into one folder, as one small PNG."""
+    parts = [Image.open(file) for name in TASKS if (file := sheets / f"{name}.gallery.png").exists()]
+    whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    y = 0
+    for part in parts:
+        whole.paste(part, (0, y))
+        y += part.height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def report(name: str, result: Result) -> str:
@@ -398,10 +409,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="base steps; the model's default if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn inputs")
     parser.add_argument("--sheets", type=Path, default=Path("eval_tasks"), help="folder for the contact sheets")
-    parser.add_argument("--gallery", type=Path, help="also write the first strips of each application as one PNG")
+    parser.add_argument("--gallery", type=Path, help="also write the first strips of all in that folder as one PNG")
     parser.add_argument("--json", type=Path, help="append a JSON line for each application to this file")
     args = parser.parse_args()
-    all_hold, strips = True, []
+    all_hold = True
     for name in args.tasks:
         task, count, shown = TASKS[name]
         bench, begun = Bench(args.model, args.steps, args.seed), time.monotonic()
@@ -409,9 +420,10 @@ def main() -> int:
         result.seconds = time.monotonic() - begun
         contact_sheet(result.rows, args.sheets / f"{name}.png")
         print(report(name, result) + f"   {result.seconds:.0f} s", flush=True)
-        strips += [(f"{name}: {label}" if label else "", _eight(frames)) for label, frames in result.rows[:shown]]
+        strips = [(f"{name}: {label}" if label else "", _eight(frames)) for label, frames in result.rows[:shown]]
+        contact_sheet(strips, args.sheets / f"{name}.gallery.png", side=72)
         if args.gallery:
-            contact_sheet(strips, args.gallery, side=72, colours=128)
+            gallery(args.sheets, args.gallery)
         all_hold &= all(map(result.holds, result.checks))
         if args.json:
             checks = {check: round(value, 4) for check, (value, _, _) in result.checks.items()}

@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Response
 
@@ -25,6 +26,7 @@ async def make_clip(prompt: str, num_frames: int = 16, seed: int | None = None):
         raise HTTPException(400, str(error)) from None
     except pylumiere.errors.QueueFull as error:
         raise HTTPException(429, str(error), {"Retry-After": "10"}) from None
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        video.save(file.name)
-        return Response(file.read(), media_type="video/mp4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        video.save(path)
+        return Response(path.read_bytes(), media_type="video/mp4")

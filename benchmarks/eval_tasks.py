@@ -385,7 +385,7 @@ def gallery(sheets: Path, path: Path) -> None:
         whole.paste(part, (0, y))
         y += part.height
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    whole.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def report(name: str, result: Result) -> str:

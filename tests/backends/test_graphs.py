@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="the engine needs pydantic, which is not installed here")
+
 from pylumiere.engine import Engine
 from pylumiere.testing import write_random_model
 

@@ -267,7 +267,7 @@ class Engine:
 
     def warm_up(self, shapes: Iterable[dict[str, Any]] = ({},)) -> float:
         """Prepares for requests of these shapes, so that none of them meets a compilation, an autotuning run, a capture
-        or new buffers later. Returns the seconds that it took.
+        or new buffers of calls later; see docs/engine.md for what that leaves out. Returns the seconds that it took.
 
         Args:
             shapes: fields of requests that decide the shape of network calls: num_frames, height, width, guidance_scale

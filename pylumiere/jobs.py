@@ -98,7 +98,7 @@ class Job:
         self._num_final = 0  # frames delivered
         # What the following thread is asked to do.
         self._callback = request.callback_on_step_end
-        self._step_ended: Progress | None = None
+        self._steps_ended: deque[Progress] = deque()  # that the callback has not returned from
         self._frames_wanted = 0
         self._stage_begun = self._submitted
         self._span = None  # OpenTelemetry
@@ -198,12 +198,12 @@ class Job:
         while True:
             with self._changed:
                 self._scheduler.notify()  # there is room again
-                while not (self._chunks or self._step_ended or self._is_done or (read and self._frames_wanted)):
+                while not (self._chunks or self._steps_ended or self._is_done or (read and self._frames_wanted)):
                     left = None if until is None else until - time.monotonic()
                     if left is not None and left <= 0:
                         raise TimeoutError(f"the job is not done after {timeout} s")
                     self._changed.wait(left)
-                step_ended = self._step_ended
+                step_ended = self._steps_ended[0] if self._steps_ended else None
                 if step_ended is None:
                     if self._chunks:
                         chunk = self._chunks.popleft()
@@ -222,8 +222,8 @@ class Job:
         """Runs the callbacks of a job whose clip is kept whole."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._step_ended or self._is_done)
-                step_ended = self._step_ended
+                self._changed.wait_for(lambda: self._steps_ended or self._is_done)
+                step_ended = self._steps_ended[0] if self._steps_ended else None
                 if step_ended is None:
                     return
             self._call_back(step_ended)
@@ -235,7 +235,8 @@ class Job:
             self._finish(error)
         finally:
             with self._changed:
-                self._step_ended = None
+                if self._steps_ended:  # an end of the job has cleared it
+                    self._steps_ended.popleft()
                 self._scheduler.notify()
 
     def _feed(self, read: Callable[[], np.ndarray | None]) -> None:
@@ -303,7 +304,7 @@ class Job:
                 self._status = "completed"
             else:
                 self._status = "cancelled" if isinstance(error, Cancelled) else "failed"
-            self._step_ended = None
+            self._steps_ended.clear()
             if error is not None:
                 self._future.set_exception(error)
             elif self._limit is None:

@@ -434,7 +434,7 @@ class Scheduler:
         """A clip rests while its reader has frames to take, or its callback has not returned."""
         job = work.job
         with self.lock:
-            rests = job._step_ended is not None or (work.run.stage is job._order.last and not job._has_room())
+            rests = bool(job._steps_ended) or (work.run.stage is job._order.last and not job._has_room())
         if work.follower is not None:  # not further ahead of it than a few windows
             rests = rests or work.feed.backlog > 4 * work.run.stage.windows.window
         if rests != work.is_paused:
@@ -523,8 +523,8 @@ class Scheduler:
         job = work.job
         with self.lock:
             job.progress = progress
-            if job._callback is not None:
-                job._step_ended = progress
+            if job._callback is not None and not job.done:
+                job._steps_ended.append(progress)
                 job._changed.notify_all()
         self._move_frames(work)
 
@@ -562,7 +562,7 @@ class Scheduler:
         if not sampler.is_finished(handle) or work.taken < sampler.frames_final(handle):
             return
         with self.lock:
-            if job._step_ended is not None:
+            if job._steps_ended:
                 return  # the callback of the last step may still end the job
         stage = work.run.stage
         self._leave(work)

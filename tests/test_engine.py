@@ -177,12 +177,17 @@ def test_callback_sees_every_call_in_this_thread(engine):
 
 def test_progress_only_grows_and_ends_complete(engine):
     """20 frames: the base has several windows, so both stages run at once."""
+
+    def calls():
+        return sum(stage["calls"] for stage in engine.metrics()["stages"].values())
+
     for num_frames in (8, 20):
-        seen = []
+        seen, before = [], calls()
         job = engine.submit("x", seed=1, num_frames=num_frames, callback_on_step_end=lambda p, to=seen: to.append(p))
         assert job.progress is None or job.progress.step <= 4
         job.result(60)
         assert job.progress is seen[-1] and job.progress.stage == "ssr"
+        assert len(seen) == calls() - before, "one report of each call"
         for stage, steps in (("base", 4), ("ssr", 2)):
             reports = [p for p in seen if p.stage == stage]
             assert {(p.steps, p.num_frames) for p in reports} == {(steps, num_frames)}

@@ -278,10 +278,13 @@ class _Container:
             os.unlink(self._temporary)
             self._temporary = None
 
+    def _codec_options(self) -> dict[str, str]:
+        return dict(self.codec_options)
+
     def _open_stream(self, width: int, height: int):
         from av.codec.context import Flags
 
-        stream = self._container.add_stream(self.codec, rate=self._rate, options=dict(self.codec_options))
+        stream = self._container.add_stream(self.codec, rate=self._rate, options=self._codec_options())
         context = stream.codec_context
         context.width, context.height = width, height
         context.pix_fmt = self.pixel_format
@@ -324,6 +327,14 @@ class _Mp4(_Yuv):
     codec_options = {"crf": "16", "preset": "medium"}
     container_options = {"movflags": "+faststart"}
     pipe_options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+
+    def _codec_options(self) -> dict[str, str]:
+        from pylumiere._runtime import instruction_set
+
+        # The lookahead of x264 165 with AVX-512 gives costs that depend on where small pictures lie in memory (below
+        # 128 pixels a side), and so other bytes for the same frames. Its AVX2 code does not, and is there too.
+        safe = {"x264-params": "asm=avx2"} if instruction_set() == "avx512" else {}
+        return {**self.codec_options, **safe}
 
 
 class _Webm(_Yuv):

@@ -359,3 +359,14 @@ def test_an_output_that_fails_at_its_very_end_leaves_nothing(tmp_path, monkeypat
         writer.write(make_frames(2))
         monkeypatch.setattr(video.os, "replace", no_space)
     assert os.listdir(tmp_path) == []
+
+
+def test_small_frames_give_the_same_mp4_wherever_buffers_lie(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    found, held = set(), []
+    for size in range(12):
+        held.append(bytes(20011 * (size + 1)))  # moves what is allocated next
+        with VideoWriter(str(tmp_path / "clip.mp4"), 16) as writer:
+            writer.write(blocks)
+        found.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(found) == 1

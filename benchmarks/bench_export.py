@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--sku", action="append", default=[])
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size")
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--runs", type=int, default=2, help="the first is cold, the others are from the cache")
     parser.add_argument("--json", metavar="FILE")
@@ -39,12 +40,12 @@ def main() -> None:
                    "-o", str(Path(folder) / "out.plm"), "--precision", options.precision]  # fmt: skip
         for sku in options.sku:
             command += ["--sku", sku]
-        for name, value in (("--frames", options.frames), ("--size", options.size)):
+        for name, value in (("--frames", options.frames), ("--size", options.size), ("--batch", options.batch)):
             command += [] if value is None else [name, str(value)]
         for run in range(options.runs):
             row = measure(command, Path(folder) / "cache")
             row = {"op": "export", "model": options.model, "skus": options.sku, "run": "cold" if run == 0 else "cached",
-                   "frames": options.frames, "size": options.size, **row}  # fmt: skip
+                   "frames": options.frames, "size": options.size, "batch": options.batch, **row}  # fmt: skip
             print(json.dumps({k: v for k, v in row.items() if k != "artefacts"}))
             if options.json:
                 append_row(Path(options.json), row)

@@ -609,6 +609,11 @@ class _Export:
                 raise _Stopped
             if error is not None:
                 raise BundleError(error)
+            if process.returncode == -signal.SIGKILL:
+                raise BundleError(
+                    f"{label}: its process was killed, most likely for want of memory; "
+                    "try smaller --frames, --size or --batch, or --jobs 1"
+                )
             if process.returncode:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
                 raise RuntimeError(f"{label}: its process ended with status {process.returncode}: {last[0][:300]}")

@@ -343,6 +343,7 @@ def open_session(graph: Path, files: Mapping[str, Path] | None = None, threads: 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # a check runs a few sizes once: memory is worth more than speed
     if not files:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     maps = []

@@ -193,6 +193,16 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(
     assert not _names(tmp_path)
 
 
+def test_a_step_that_is_killed_says_what_may_help_and_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    start = subprocess.Popen
+    monkeypatch.setattr(build.subprocess, "Popen", lambda _, **options: start(command, **options))
+    with pytest.raises(BundleError, match="killed, most likely for want of memory; try smaller --frames"):
+        export_bundle(str(tiny_model), tmp_path / "a.plm", cache_folder=tmp_path / "cache")
+    monkeypatch.undo()
+    assert _names(tmp_path) == ["cache"]
+
+
 def test_a_missing_library_is_named_with_its_extra(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UnsupportedDevice, match=r"onnxscript.*pip install 'pylumiere\[export\]'"):

@@ -273,12 +273,19 @@ def serve(
     backend: Backend = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
+    key: Key = None,
     memory_budget: Annotated[str | None, typer.Option(help="Of the engine, such as 4GiB.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Jobs in the engine at once.")] = 4,
     queue_limit: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs that wait; more get 429.")] = 256,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "12MiB",
-    max_pixels: Annotated[int, typer.Option(min=1, max=2**28, help="Largest input picture.")] = 2**24,
-    max_frames: Annotated[int | None, typer.Option(min=1, max=10**6, help="Longest clip.")] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, max=2**28, help="Largest input picture, or frame.")] = 2**24,
+    max_decoded: Annotated[str, typer.Option(help="Largest input clip, once it is decoded.")] = "256MiB",
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Longest clip; 8 times the model's own length if not given.")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="Time for a clip that asks for none, such as 10m; then it fails.")
+    ] = None,
     keep_for: Annotated[str | None, typer.Option(help="Ended jobs are removed after this, such as 7d or 12h.")] = None,
     keep_size: Annotated[str | None, typer.Option(help="The oldest results are removed beyond this.")] = None,
 ) -> None:
@@ -290,11 +297,13 @@ def serve(
     except ModuleNotFoundError as error:
         raise InvalidRequest(f"the package {error.name} is missing; install pylumiere[serve]") from None
     limits = Limits(
-        queue=queue_limit, body_bytes=parse_bytes("--max-body", max_body), image_pixels=max_pixels, frames=max_frames
-    )
+        queue=queue_limit, body_bytes=parse_bytes("--max-body", max_body), image_pixels=max_pixels, frames=max_frames,
+        decoded_bytes=parse_bytes("--max-decoded", max_decoded),
+        deadline=None if deadline is None else parse_seconds("--deadline", deadline),
+    )  # fmt: skip
     options = ServeOptions(
         model=model, aliases=tuple(alias or ()), host=host, port=port, data=data, api_keys=api_keys, backend=backend,
-        device=device, precision=precision, concurrency=concurrency, limits=limits,
+        device=device, precision=precision, trusted_key=key, concurrency=concurrency, limits=limits,
         memory_budget=None if memory_budget is None else parse_bytes("--memory-budget", memory_budget),
         keep_seconds=None if keep_for is None else parse_seconds("--keep-for", keep_for),
         keep_bytes=None if keep_size is None else parse_bytes("--keep-size", keep_size),

@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from math import ceil
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -28,11 +29,13 @@ from starlette.requests import ClientDisconnect
 import pylumiere
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BudgetExceeded, InvalidRequest
+from pylumiere.inputs import parse_keyframes
 from pylumiere.pipeline import MAX_ENLARGEMENT, plan_request, size_step
+from pylumiere.request import GenerationRequest
 from pylumiere.serve import media, schema
 from pylumiere.serve.gate import ANYONE, Gate
 from pylumiere.serve.hub import Hub
-from pylumiere.serve.jobs import Runner, Worker
+from pylumiere.serve.jobs import Runner, Worker, check_style
 from pylumiere.serve.keys import Key, KeyRing
 from pylumiere.serve.metrics import CONTENT_TYPE, Metrics
 from pylumiere.serve.schema import (
@@ -40,24 +43,37 @@ from pylumiere.serve.schema import (
     ApiError,
     CreateVideo,
     DeletedVideo,
+    EditVideo,
     ErrorObject,
+    ExtendVideo,
     ModelList,
     ModelObject,
+    Options,
     RemixVideo,
+    Sampling,
     Variant,
     VideoList,
     VideoObject,
 )
 from pylumiere.serve.store import Job, QueueFull, Store
+from pylumiere.video import Limits as VideoLimits
 
 logger = logging.getLogger("pylumiere")
 
 POLL_AFTER_MS = 500
 BEAT_SECONDS = 15.0
 MAX_LISTENERS = 256
-_MAX_FIELDS = 64
+_MAX_FIELDS, _MAX_FILES = 128, 66
+MODEL_LENGTHS = 8  # the longest clip over the model's own, unless `Limits.frames` says otherwise
 _TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+_KEYFRAME = re.compile(r"keyframes\[(-?\w{1,20})\]")
+Files = Mapping[str, bytes]  # by the form's fields
+_FILES = {
+    CreateVideo: ("input_reference", "mask", "keyframes"), EditVideo: ("video", "mask"), ExtendVideo: ("video",),
+    RemixVideo: (),
+}  # fmt: skip
 
 VideoId = Annotated[str, Path(description="As POST /v1/videos returned it.", max_length=100)]
 
@@ -69,15 +85,25 @@ class Limits:
     Attributes:
         queue: jobs that wait; one more is answered with 429.
         jobs_per_owner: waiting and running, where there are no keys; a key has its own.
-        body_bytes, image_pixels: of one request.
-        frames: of one clip; None is the model's own length.
+        body_bytes: of one request.
+        image_pixels: of one picture, or frame of a clip, that is given.
+        decoded_bytes: of one given clip; a byte for each colour of a pixel.
+        frames: of one clip; None is `MODEL_LENGTHS` times the model's own length.
+        deadline: seconds in which a job must be done whose request names none; None is no limit.
     """
 
     queue: int = 256
     jobs_per_owner: int = 1024
     body_bytes: int = 12 * 2**20
     image_pixels: int = 16 * 2**20
+    decoded_bytes: int = 256 * 2**20
     frames: int | None = None
+    deadline: float | None = None
+
+    @property
+    def files(self) -> VideoLimits:
+        """Of each file of a request."""
+        return VideoLimits(max_pixels=self.image_pixels, max_bytes=self.decoded_bytes)
 
 
 @dataclass
@@ -86,6 +112,7 @@ class Service:
 
     Attributes:
         names: of the model; the first is reported, all are taken.
+        styles: of the model.
         is_ready: false with a reason while jobs would only wait.
     """
 
@@ -95,14 +122,17 @@ class Service:
     limits: Limits = Limits()
     concurrency: int = 1
     names: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
     hub: Hub = field(default_factory=Hub)
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self):
         self.names = self.names or (self.config.name,)
-        self.most_frames = self.limits.frames or self.config.base.network.num_frames
+        self.most_frames = self.limits.frames or MODEL_LENGTHS * self.config.base.network.num_frames
         self.created = int(time.time())
-        self.runner = Runner(self.store, self.hub, self.metrics, concurrency=self.concurrency)
+        self.runner = Runner(
+            self.store, self.hub, self.metrics, concurrency=self.concurrency, limits=self.limits.files
+        )
         self._decoding = threading.BoundedSemaphore(2)  # pictures are large while they are decoded
         for status in ("queued", "in_progress", "completed", "failed"):
             read = lambda status=status: self.store.counts()[status]  # noqa: E731
@@ -125,47 +155,119 @@ class Service:
 
     # ---- what the routes do ------------------------------------------------------------------------------------------
 
-    def create(self, key: Key | None, create: CreateVideo, picture: bytes | None, token: str | None) -> VideoObject:
-        if create.model is not None and create.model not in self.names:
-            allowed = ", ".join(self.names)
-            raise ApiError(
-                400, f"model={create.model!r}: this server has {allowed}", code="model_not_found", param="model"
-            )
-        with self._decoding:
-            if create.input_reference is not None:
-                picture = schema.data_url_bytes(create.input_reference.image_url)
-            image = None if picture is None else media.decode_image(picture, self.limits.image_pixels)
-            try:
-                fields = schema.generation_fields(create, self.config, self.most_frames)
-                fields.setdefault("seed", secrets.randbits(32))
-                plan = self._plan(fields, image)
-            except BudgetExceeded as error:
-                raise schema.invalid(error, "budget_exceeded") from None
-            except InvalidRequest as error:
-                raise schema.invalid(error) from None
-            png = None if image is None else media.png_bytes(image)
-        return self._add(key, fields, plan, png, None, token)
+    def create(self, key: Key | None, create: CreateVideo, files: Files, token: str | None) -> VideoObject:
+        inputs, rate = self._inputs(create, files), None
+        if "input_reference" in inputs:
+            reference = inputs.pop("input_reference")
+            if media.is_picture(reference):
+                inputs["image"] = reference
+            else:
+                inputs["video"], rate = reference, media.clip_rate(reference, "input_reference", self.limits.files)
+        with _refusals():
+            fields = schema.generation_fields(create, rate or self.config.fps, self.most_frames)
+        return self._accept(key, create, fields, inputs, token)
 
-    def remix(self, key: Key | None, id: str, prompt: str, token: str | None) -> VideoObject:
-        source = self.job(key, id)
-        if source.status != "completed":
-            raise ApiError(
-                400, f"{id} is {source.status}; only completed videos can be remixed", code="video_not_ready"
-            )
+    def edit(self, key: Key | None, edit: EditVideo, files: Files, token: str | None) -> VideoObject:
+        """Video to video, inpainting or outpainting of a file, or of a completed video in its own size."""
+        inputs, (clip, rate, source) = self._inputs(edit, files), self._clip(key, edit, files)
+        with _refusals("video"):
+            fields = schema.generation_fields(edit, rate, self.most_frames)
+        if edit.mask is None and "mask" not in files and edit.expand is None:
+            fields.setdefault("strength", schema.EDIT_STRENGTH)
+        return self._accept(key, edit, _sized(fields, source), {"video": clip, **inputs}, token, source, "video")
+
+    def extend(self, key: Key | None, extend: ExtendVideo, files: Files, token: str | None) -> VideoObject:
+        """The clip, and after it frames that the networks make with all of it in view."""
+        clip, rate, source = self._clip(key, extend, files)
+        with _refusals("video"):
+            fields = schema.generation_fields(extend, rate, self.most_frames)
+            fields["extend_by"] = schema.frames_for(extend.seconds, rate, self.most_frames - 1)
+        return self._accept(key, extend, _sized(fields, source), {"video": clip}, token, source, "video")
+
+    def remix(self, key: Key | None, remix: RemixVideo, id: str, token: str | None) -> VideoObject:
+        source = self._completed(key, id)
         try:
-            fields = {**source.request, "prompt": prompt}
-            schema.generation_request(fields, None)
-            image = self.store.input_bytes(source)
-        except InvalidRequest as error:
-            raise schema.invalid(error) from None
+            inputs = self.store.inputs(source)
         except FileNotFoundError:  # deleted meanwhile
             raise _no_video(id) from None
-        return self._add(key, fields, source.plan, image, id, token)
+        with _refusals():
+            GenerationRequest(prompt=remix.prompt)
+        fields = {**source.request, "prompt": remix.prompt}
+        return self._add(key, fields, source.plan, inputs, self.limits.deadline, token, source)
 
-    def _plan(self, fields: dict[str, Any], image) -> dict[str, Any]:
-        request = schema.generation_request(fields, image)
-        if (request.num_frames or 0) > self.most_frames:
-            raise InvalidRequest(f"num_frames={request.num_frames}: this server makes up to {self.most_frames}")
+    def _inputs(self, options: Options, files: Files) -> dict[str, bytes]:
+        """A request's files by the store's names; `input_reference` still has to be told a picture or a clip."""
+        inputs = {name: data for name, data in files.items() if name in ("input_reference", "mask")}
+        texts = {"mask": options.mask}
+        frames = {match[1]: data for name, data in files.items() if (match := _KEYFRAME.fullmatch(name))}
+        if isinstance(options, CreateVideo):
+            texts["input_reference"] = options.input_reference and options.input_reference.image_url
+            for frame, url in (options.keyframes or {}).items():
+                if not _KEYFRAME.fullmatch(f"keyframes[{frame}]"):
+                    text = f"keyframes: {frame[:60]!r} is no frame; give numbers, first or last"
+                    raise ApiError(400, text, code="invalid_value", param="keyframes")
+                if frame in frames:
+                    raise ApiError(400, f"keyframes: frame {frame[:60]} is given twice", code="invalid_form")
+                frames[frame] = schema.data_url_bytes(url, "keyframes")
+        for name, url in texts.items():
+            if url is not None:
+                inputs[name] = schema.data_url_bytes(url, name)
+        with _refusals():
+            for index, frame in parse_keyframes(f"{frame}:{frame}" for frame in frames).items():
+                inputs[f"keyframe_{index}"] = frames[frame]
+        return inputs
+
+    def _clip(
+        self, key: Key | None, request: EditVideo | ExtendVideo, files: Files
+    ) -> tuple[bytes, float, Job | None]:
+        """The clip of an edit or extension, its rate, and the job that made it."""
+        if request.video is None:
+            if "video" not in files:
+                raise ApiError(400, "video is missing", code="missing_field", param="video")
+            clip, source = files["video"], None
+            if media.is_picture(clip):
+                raise ApiError(400, "video is a picture; give a clip", code="invalid_video", param="video")
+        else:
+            source = self._completed(key, request.video.id)
+            path = self.store.lease(source.id, owner(key), VARIANTS["video"][0])
+            if path is None:
+                raise _no_video(source.id)
+            try:
+                clip = path.read_bytes()
+            finally:
+                self.store.release(source.id)
+        return clip, media.clip_rate(clip, "video", self.limits.files) or self.config.fps, source
+
+    def _completed(self, key: Key | None, id: str) -> Job:
+        job = self.job(key, id)
+        if job.status != "completed":
+            raise ApiError(400, f"{id} is {job.status}; only completed videos can be used", code="video_not_ready")
+        return job
+
+    def _accept(
+        self, key: Key | None, options: Sampling, fields: dict[str, Any], inputs: dict[str, bytes], token: str | None,
+        source: Job | None = None, given: str = "input_reference",
+    ) -> VideoObject:  # fmt: skip
+        if options.model is not None and options.model not in self.names:
+            allowed = ", ".join(self.names)
+            raise ApiError(
+                400, f"model={options.model!r}: this server has {allowed}", code="model_not_found", param="model"
+            )
+        fields.setdefault("seed", secrets.randbits(32))
+        with self._decoding, _refusals(given):
+            request = media.generation_request(
+                fields, inputs, self.limits.files, most_frames=self.most_frames, given=given
+            )
+            plan = self._plan(request)
+        if "video" in inputs:
+            fields["num_frames"] = plan["num_frames"]  # what is decoded again stops there
+        if "extend_by" in fields:
+            plan["application"] = "extension"
+        timeout = self.limits.deadline if options.timeout is None else options.timeout
+        return self._add(key, fields, plan, inputs, timeout, token, source)
+
+    def _plan(self, request: GenerationRequest) -> dict[str, Any]:
+        check_style(request, self.styles)
         plan = plan_request(request, self.config)
         if plan.height % 2 or plan.width % 2:
             raise InvalidRequest(f"size='{plan.width}x{plan.height}': mp4 takes even sizes")
@@ -174,14 +276,18 @@ class Service:
         return {
             "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height, "width": plan.width,
             "seed": plan.seed, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
-            "guidance_scale": plan.guidance_scale,
+            "guidance_scale": plan.guidance_scale, "application": plan.task.name,
         }  # fmt: skip
 
-    def _add(self, key: Key | None, fields, plan, png: bytes | None, source: str | None, token) -> VideoObject:
+    def _add(
+        self, key: Key | None, fields: dict[str, Any], plan: dict[str, Any], inputs: dict[str, bytes],
+        timeout: float | None, token: str | None, source: Job | None,
+    ) -> VideoObject:  # fmt: skip
         try:
             job = self.store.add(
-                owner(key), self.names[0], fields, plan, image=png, remixed_from=source, token=token,
-                queue_limit=self.limits.queue, owner_limit=self.limits.jobs_per_owner if key is None else key.jobs,
+                owner(key), self.names[0], fields, plan, inputs=inputs, timeout=timeout, token=token,
+                remixed_from=None if source is None else source.id, queue_limit=self.limits.queue,
+                owner_limit=self.limits.jobs_per_owner if key is None else key.jobs,
             )  # fmt: skip
         except QueueFull as error:
             wait = self.store.counts()["queued"] * self.runner.seconds_per_job / self.runner.concurrency
@@ -214,7 +320,9 @@ class Service:
             remixed_from_video_id=job.remixed_from, seconds=f"{plan['num_frames'] / plan['fps']:g}",
             size=f"{plan['width']}x{plan['height']}", error=error, num_frames=plan["num_frames"], fps=plan["fps"],
             seed=plan["seed"], num_inference_steps=plan["num_inference_steps"], guidance_scale=plan["guidance_scale"],
-            sampler=plan["sampler"], negative_prompt=job.request.get("negative_prompt", ""),
+            sampler=plan["sampler"], application=plan.get("application", "text to video"), **{
+                name: job.request.get(name, default) for name, default in _REQUESTED.items()
+            },
         )  # fmt: skip
 
     def model(self, name: str) -> ModelObject:
@@ -228,12 +336,38 @@ class Service:
                 "sampler": sampling.sampler, "num_inference_steps": sampling.num_inference_steps,
                 "guidance_scale": sampling.guidance_scale,
             },
+            styles=list(self.styles),
             limits={
                 "num_frames": {"most": self.most_frames, "step": 1},
                 "size": {"step": size_step(self.config), "width": MAX_ENLARGEMENT * made_for.width,
                          "height": MAX_ENLARGEMENT * made_for.height},
             },
         )  # fmt: skip
+
+
+# Of a video object: fields of the request that it repeats.
+_REQUESTED = {
+    "negative_prompt": "", "expand": None, "fit": "crop", "strength": 1.0, "style": None, "style_strength": 1.0,
+    "loop": False,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _refusals(given: str = "input_reference") -> Iterator[None]:
+    """The engine's refusals as answers."""
+    try:
+        yield
+    except BudgetExceeded as error:
+        raise schema.invalid(error, "budget_exceeded", given) from None
+    except InvalidRequest as error:
+        raise schema.invalid(error, given=given) from None
+
+
+def _sized(fields: dict[str, Any], source: Job | None) -> dict[str, Any]:
+    """A clip that this server made is worked on in its own size."""
+    if source is not None and "width" not in fields:
+        fields |= {side: source.plan[side] for side in ("width", "height")}
+    return fields
 
 
 def owner(key: Key | None) -> str:
@@ -294,9 +428,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
     @app.post("/v1/videos", response_model=VideoObject, responses=changing, openapi_extra=_body(CreateVideo, True))
     async def create_video(request: Request):
         """Queues a clip."""
-        fields, picture, are_texts = await _fields(request)
-        create = schema.validated(CreateVideo, fields, are_texts=are_texts)
-        return await run_in_threadpool(service.create, _key(request), create, picture, _token(request))
+        create, files = await _parsed(request, CreateVideo, service.limits)
+        return await run_in_threadpool(service.create, _key(request), create, files, _token(request))
 
     @app.get("/v1/videos", response_model=VideoList, responses=_responses(400))
     def list_videos(
@@ -319,15 +452,19 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         return VideoList(data=videos, first_id=ids[0], last_id=ids[-1], has_more=has_more)
 
     # Before the routes with an id, which would take these words for one.
-    @app.post("/v1/videos/edits", responses=changing, openapi_extra=_body(None, True))
-    async def edit_video():
-        """Not supported."""
-        raise _unsupported("editing a video")
+    @app.post("/v1/videos/edits", response_model=VideoObject, responses=changing, openapi_extra=_body(EditVideo, True))
+    async def edit_video(request: Request):
+        """A clip with a new prompt: a file, or a completed video."""
+        edit, files = await _parsed(request, EditVideo, service.limits)
+        return await run_in_threadpool(service.edit, _key(request), edit, files, _token(request))
 
-    @app.post("/v1/videos/extensions", responses=changing, openapi_extra=_body(None, True))
-    async def extend_video():
-        """Not supported."""
-        raise _unsupported("extending a video")
+    @app.post(
+        "/v1/videos/extensions", response_model=VideoObject, responses=changing, openapi_extra=_body(ExtendVideo, True)
+    )
+    async def extend_video(request: Request):
+        """A clip that goes on: the given frames unchanged, then new ones."""
+        extend, files = await _parsed(request, ExtendVideo, service.limits)
+        return await run_in_threadpool(service.extend, _key(request), extend, files, _token(request))
 
     @app.post("/v1/videos/characters", responses=changing, openapi_extra=_body(None, True))
     async def create_character():
@@ -380,11 +517,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     async def remix_video(request: Request, video_id: VideoId):
         """The same seed and settings with a new prompt."""
-        fields, picture, are_texts = await _fields(request)
-        if picture is not None:
-            raise ApiError(400, "a remix takes a prompt only", code="unknown_field", param="input_reference")
-        remix = schema.validated(RemixVideo, fields, are_texts=are_texts)
-        return await run_in_threadpool(service.remix, _key(request), video_id, remix.prompt, _token(request))
+        remix, _ = await _parsed(request, RemixVideo, service.limits)
+        return await run_in_threadpool(service.remix, _key(request), remix, video_id, _token(request))
 
     events = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -527,11 +661,17 @@ def _token(request: Request) -> str | None:
     return token
 
 
-async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None, bool]:
-    """The body's fields, the picture that came as a file, and whether the values are texts (a form's)."""
+async def _parsed(request: Request, model: type[BaseModel], limits: Limits) -> tuple[Any, Files]:
+    """The body as a model, and the files that came with it."""
+    fields, files, are_texts = await _fields(request, _FILES[model], limits)
+    return schema.validated(model, fields, are_texts=are_texts), files
+
+
+async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) -> tuple[dict[str, Any], Files, bool]:
+    """The body's fields, its files by their fields, and whether the values are texts (a form's)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return schema.parse_json(await request.body()), None, False
+        return schema.parse_json(await request.body()), {}, False
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise ApiError(
             415,
@@ -539,9 +679,9 @@ async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None, bool]
             code="invalid_content_type",
         )
     fields: dict[str, Any] = {}
-    picture = None
+    files: dict[str, bytes] = {}
     try:
-        form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=2**20)
+        form = await request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=limits.body_bytes)
     except (ApiError, ClientDisconnect):
         raise
     except Exception as error:  # the parser raises many kinds on malformed forms
@@ -550,22 +690,31 @@ async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None, bool]
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                if name != "input_reference":
-                    raise ApiError(400, f"unknown file {name[:60]!r}; allowed: input_reference", code="unknown_field")
-                picture = await value.read()
+                known = "keyframes" if _KEYFRAME.fullmatch(name) else name
+                if known not in allowed or name == "keyframes":
+                    names = ", ".join(allowed).replace("keyframes", "keyframes[FRAME]") or "none"
+                    raise ApiError(400, f"unknown file {name[:60]!r}; allowed: {names}", code="unknown_field")
+                if name in files:
+                    raise _given_twice(name)
+                files[name] = await value.read()
                 continue
-            nested = re.fullmatch(r"(\w+)\[(\w+)\]", name)  # how OpenAI's client writes an object into a form
+            nested = re.fullmatch(r"(\w+)\[(-?\w+)\]", name)  # how OpenAI's client writes an object into a form
             target = fields.setdefault(nested[1], {}) if nested else fields
             name = nested[2] if nested else name
             if not isinstance(target, dict) or name in target:
-                raise ApiError(400, f"field {name[:60]!r} is given twice", code="invalid_form", param=name[:60])
+                raise _given_twice(name)
             if value != "" or name in ("prompt", "negative_prompt"):  # an empty text stands for a missing number
                 target[name] = value
     finally:
         await form.close()
-    if picture is not None and "input_reference" in fields:
-        raise ApiError(400, "input_reference is given twice", code="invalid_form", param="input_reference")
-    return fields, picture, True
+    for name in files:
+        if name in fields:
+            raise _given_twice(name)
+    return fields, files, True
+
+
+def _given_twice(name: str) -> ApiError:
+    return ApiError(400, f"field {name[:60]!r} is given twice", code="invalid_form", param=name[:60])
 
 
 def _unsupported(what: str) -> ApiError:
@@ -609,7 +758,7 @@ def _add_errors(app: FastAPI) -> None:
         return answer(ApiError(500, "the server failed; its log has the reason", code="server_error"))
 
 
-def _body(model: type | None, takes_file: bool) -> dict[str, Any]:
+def _body(model: type[BaseModel] | None, takes_file: bool) -> dict[str, Any]:
     """The request body's part of the OpenAPI document; bodies are parsed here and not by FastAPI."""
     if model is None:
         any_object = {"schema": {"type": "object"}}
@@ -618,8 +767,12 @@ def _body(model: type | None, takes_file: bool) -> dict[str, Any]:
     plain.pop("$defs", None)
     content = {"application/json": {"schema": plain}}
     if takes_file:
-        form = json.loads(json.dumps(plain))
-        form["properties"]["input_reference"] = {"type": "string", "format": "binary"}
+        form, file = json.loads(json.dumps(plain)), {"type": "string", "format": "binary"}
+        for name in _FILES[model]:
+            form["properties"][name] = file
+        if "keyframes" in _FILES[model]:
+            del form["properties"]["keyframes"]
+            form["patternProperties"] = {_KEYFRAME.pattern: file}
         content["multipart/form-data"] = {"schema": form}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -633,7 +786,8 @@ def _describe(app: FastAPI, *, needs_key: bool) -> None:
             return app.openapi_schema
         document = make()
         schemas = document["components"]["schemas"]
-        schemas.update(CreateVideo.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {}))
+        for model in (CreateVideo, EditVideo, ExtendVideo):
+            schemas.update(model.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {}))
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         unauthorized = {

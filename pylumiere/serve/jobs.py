@@ -10,18 +10,18 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from pylumiere.engine import Chunk, Engine
-from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
+from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import media, schema
 from pylumiere.serve.hub import Hub
 from pylumiere.serve.metrics import Metrics, Sample
 from pylumiere.serve.store import Job, Store
-from pylumiere.video import VideoWriter
+from pylumiere.video import Limits, VideoWriter
 from pylumiere.windows import NonFiniteOutput
 
 logger = logging.getLogger("pylumiere")
@@ -46,7 +46,9 @@ class Work(Protocol):
 
 
 class Worker(Protocol):
-    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work: ...
+    def start(
+        self, request: GenerationRequest, on_progress: Callable[[Progress], None], timeout: float | None
+    ) -> Work: ...
 
     def check(self, request: GenerationRequest) -> None:
         """Raises what a worker would: InvalidRequest, BudgetExceeded."""
@@ -56,11 +58,15 @@ class Runner:
     """Runs what the store holds, `concurrency` jobs at once.
 
     Args:
+        limits: of a job's files.
+
+    Attributes:
         worker: None until `set_worker`; jobs wait for it.
     """
 
-    def __init__(self, store: Store, hub: Hub, metrics: Metrics, *, concurrency: int):
+    def __init__(self, store: Store, hub: Hub, metrics: Metrics, *, concurrency: int, limits: Limits):
         self.store, self.hub, self.metrics, self.concurrency = store, hub, metrics, concurrency
+        self.limits = limits
         self.worker: Worker | None = None
         self.seconds_per_job = 2.0  # a moving mean, for Retry-After
         self._base_share = 0.5  # of a clip's time, a moving mean, for the percentage
@@ -121,7 +127,7 @@ class Runner:
                 if self.worker is not None and len(self._running) < self.concurrency:
                     job = self._claim()
                 if job is None:
-                    self._changed.wait(SWEEP_SECONDS)
+                    self._changed.wait(self._expire())
                 else:
                     running = self._running[job.id] = _Running(self._base_share)
                     self._pool.submit(self._run, job, running)
@@ -136,6 +142,18 @@ class Runner:
             logger.exception("the store cannot be read")
             self._changed.wait(1.0)
             return None
+
+    def _expire(self) -> float:
+        """Fails what waited too long. Returns the seconds until there is something to do again."""
+        try:
+            for id in self.store.expire():
+                self.metrics.jobs.labels("failed").inc()
+                self.hub.publish(id, "status")
+            deadline = self.store.next_deadline()
+        except Exception:
+            logger.exception("the store cannot be read")
+            return 1.0
+        return SWEEP_SECONDS if deadline is None else min(SWEEP_SECONDS, max(0.01, deadline - time.time()))
 
     def _sweep(self) -> None:
         try:
@@ -160,8 +178,13 @@ class Runner:
             self.store.requeue(job.id, is_attempt=True)
         except InvalidRequest as error:
             self.store.fail(job.id, "invalid_request", str(error))
+        except schema.ApiError as error:  # an input that could be read when it came
+            self.store.fail(job.id, "invalid_request", error.message)
         except BudgetExceeded as error:
             self.store.fail(job.id, "budget_exceeded", str(error))
+        except DeadlineExceeded:
+            text = f"it was not done within its {round(job.deadline - job.created_at, 3):g} s"
+            self.store.fail(job.id, "deadline_exceeded", text)
         except NonFiniteOutput as error:
             logger.exception("job %s failed", job.id)
             self.store.fail(job.id, "non_finite_output", str(error))
@@ -175,16 +198,18 @@ class Runner:
 
     def _make(self, job: Job, running: _Running) -> str:
         num_frames, fps = job.plan["num_frames"], job.plan["fps"]
-        image = self.store.input_bytes(job)
         self.hub.forget(job.id)
 
         def follow(progress: Progress) -> None:
             self.hub.publish(job.id, "progress", {**vars(progress), "percent": running.follow(progress)})
 
-        request = schema.generation_request(job.request, None if image is None else media.read_png(image))
+        request = media.generation_request(job.request, self.store.inputs(job), self.limits)
         folder = self.store.start_result(job.id)
         try:
-            work = running.start(lambda: self.worker.start(request, follow))
+            timeout = None if job.deadline is None else job.deadline - time.time()
+            if timeout is not None and timeout <= 0:
+                raise DeadlineExceeded
+            work = running.start(lambda: self.worker.start(request, follow, timeout))
             sheet, stride, middle = media.SpriteSheet(num_frames), media.preview_stride(num_frames), None
             with VideoWriter(folder / schema.VARIANTS["video"][0], fps) as writer:
                 for chunk in work:
@@ -290,12 +315,26 @@ class LocalWorker:
         metrics.collect_with(read)
 
     def check(self, request: GenerationRequest) -> None:
+        check_style(request, self.engine.styles())
         self.engine.stream(request).close()
 
-    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work:
+    def start(
+        self, request: GenerationRequest, on_progress: Callable[[Progress], None], timeout: float | None
+    ) -> Work:
+        check_style(request, self.engine.styles())
         # The callback runs in the thread that takes the frames, which is the job's own.
         request = request.model_copy(update={"callback_on_step_end": on_progress})
-        return _LocalWork(self.engine.submit(request, buffer_frames=BUFFER_FRAMES))
+        return _LocalWork(self.engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout))
+
+
+def check_style(request: GenerationRequest, styles: Collection[str]) -> None:
+    """A client names a style of the model; an engine would also take a file's path.
+
+    Raises:
+        InvalidRequest: the model has no such style.
+    """
+    if request.style is not None and request.style not in styles:
+        raise InvalidRequest(f"style={request.style!r}: this model has {', '.join(styles) or 'no styles'}")
 
 
 class _LocalWork:

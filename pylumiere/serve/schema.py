@@ -3,8 +3,10 @@
 A request's own checks are `GenerationRequest`'s and `plan_request`'s. OpenAI's fields become theirs:
 
     size      "WIDTHxHEIGHT"
-    seconds   num_frames = seconds * fps, rounded to the nearest frame, at least one. fps is the request's or the
-              model's. More than the server's limit, which is the model's own length by default, is an error.
+    seconds   num_frames = seconds * fps, rounded to the nearest frame, at least one. fps is the request's, the given
+              clip's, or the model's. More than the server's limit is an error.
+
+Pictures, clips and masks come as files of a form, or in texts as base64 data URLs; see `pylumiere.serve.media`.
 """
 
 from __future__ import annotations
@@ -12,15 +14,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pylumiere.config import ModelConfig
 from pylumiere.errors import InvalidRequest
-from pylumiere.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS, GenerationRequest
+from pylumiere.inputs import Fit, parse_expand
+from pylumiere.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS
 
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
@@ -31,6 +32,14 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+_DATA_URL = re.compile(r"data:(image|video)/[a-z0-9.+-]{1,40};base64")
+MAX_TIMEOUT = 10**7  # seconds
+EDIT_STRENGTH = 0.6
+# Fields that a GenerationRequest has under the same names.
+_SHARED = (
+    "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "sampler", "fit",
+    "strength", "style", "style_strength", "loop", "window_frames", "window_overlap",
+)  # fmt: skip
 
 
 class ApiError(Exception):
@@ -56,36 +65,87 @@ class ApiError(Exception):
 
 
 class ImageReference(BaseModel):
-    """A picture inside the request. Nothing is fetched: the URL must be a base64 data URL."""
+    """A picture or clip inside the request. Nothing is fetched: the URL must be a base64 data URL."""
 
     model_config = ConfigDict(extra="forbid")
 
-    image_url: str = Field(description="data:image/png;base64,... (PNG, JPEG or WebP)")
+    image_url: str = Field(description="data:image/png;base64,... or data:video/mp4;base64,...")
 
 
-class CreateVideo(BaseModel):
-    """OpenAI's fields, then this project's. Fields that are not given take the model's defaults."""
+class VideoReference(BaseModel):
+    """A completed video of the same key."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(max_length=100)
+
+
+class Sampling(BaseModel):
+    """What every kind of request has. Fields that are not given take the model's defaults."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, description="What to show.")
     model: str | None = Field(None, max_length=200, description="A name that GET /v1/models lists.")
-    seconds: str | float | None = Field(
-        None, description='Length of the clip, such as "4"; rounded to a whole frame.'
-    )
-    size: str | None = Field(None, pattern=f"^{_SIZE.pattern}$", description="WIDTHxHEIGHT of the result.")
-    input_reference: ImageReference | None = Field(
-        None, description="A picture that becomes the first frame: in multipart a file, in JSON an object."
-    )
     negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
-    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES, description="Instead of seconds.")
-    fps: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, le=2**64 - 1)
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "euler"] | None = None
+    style: str | None = Field(None, max_length=200, description="A style that GET /v1/models lists.")
+    style_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
     window_overlap: int | None = Field(None, ge=0, le=MAX_FRAMES)
+    timeout: float | None = Field(
+        None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False,
+        description="Seconds from now in which the clip must be done; else it fails.",
+    )  # fmt: skip
+
+
+class Options(Sampling):
+    """What a clip of any length and shape has beside."""
+
+    seconds: str | float | None = Field(
+        None, description='Length of the clip, such as "4"; rounded to a whole frame.'
+    )
+    size: str | None = Field(None, pattern=f"^{_SIZE.pattern}$", description="WIDTHxHEIGHT of the result.")
+    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES, description="Instead of seconds.")
+    fps: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    mask: str | None = Field(
+        None, description="A picture or clip as a data URL, or a file of a form: white is made anew, black is kept."
+    )
+    expand: Annotated[str, Field(max_length=200)] | dict[str, int] | None = Field(
+        None, description='Pixels of the result to make beside the picture: {"left": 16} or "left=16,right=16".'
+    )
+    fit: Fit | None = Field(None, description="How pictures of another shape go into the frame.")
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="With a clip: how much of the noise schedule to run."
+    )
+    loop: bool = Field(False, description="The last frame runs into the first.")
+
+
+class CreateVideo(Options):
+    """OpenAI's fields, then this project's. Fields that are not given take the model's defaults."""
+
+    input_reference: ImageReference | None = Field(
+        None, description="The first frame, or a clip, told apart by decoding: in a form a file, in JSON an object."
+    )
+    keyframes: dict[str, str] | None = Field(
+        None, max_length=64, description='More given frames: {"79": data URL, "last": data URL}, or files of a form.'
+    )
+
+
+class EditVideo(Options):
+    """A clip and a new prompt for it: video to video, or with a mask or `expand`, inpainting or outpainting."""
+
+    video: VideoReference | None = Field(None, description="In a form a file, in JSON a completed video's id.")
+
+
+class ExtendVideo(Sampling):
+    """A clip, and how long it is to go on."""
+
+    seconds: str | float = Field(description='Length of the new part, such as "4".')
+    video: VideoReference | None = Field(None, description="In a form a file, in JSON a completed video's id.")
 
 
 class RemixVideo(BaseModel):
@@ -139,64 +199,80 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def data_url_bytes(url: str) -> bytes:
+def data_url_bytes(url: str, param: str) -> bytes:
     """What a base64 data URL holds."""
     head, comma, data = url.partition(",")
-    if not comma or not re.fullmatch(r"data:image/(png|jpeg|webp);base64", head):
+    if not comma or not _DATA_URL.fullmatch(head):
         raise ApiError(
-            400, "input_reference.image_url should be a data URL: data:image/png;base64,... (or jpeg, webp); "
-            "this server fetches nothing", code="invalid_image", param="input_reference",
+            400, f"{param} should be a data URL: data:image/png;base64,... (or another picture or clip); "
+            "this server fetches nothing", code="invalid_image", param=param,
         )  # fmt: skip
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(
-            400, "input_reference.image_url is not valid base64", code="invalid_image", param="input_reference"
-        ) from None
+        raise ApiError(400, f"{param} is not valid base64", code="invalid_image", param=param) from None
 
 
-def frames_for(seconds: float, fps: float, most: int) -> int:
-    """The rule in this module's docstring."""
-    num_frames = max(1, round(seconds * fps))
+def frames_for(seconds: str | float, fps: float, most: int) -> int:
+    """The rule in this module's docstring.
+
+    Raises:
+        InvalidRequest: no such time, or a longer clip than this server makes.
+    """
+    text = f"{seconds:.6f}" if isinstance(seconds, float) else str(seconds)
+    if not _SECONDS.fullmatch(text) or float(text) == 0:
+        raise InvalidRequest(f"seconds={_short(seconds)}: should be a number of seconds, such as '4'")
+    num_frames = max(1, round(float(text) * fps))
     if num_frames > most:
-        raise InvalidRequest(f"seconds={seconds:g}: this server makes up to {most / fps:g} s ({most} frames)")
+        raise InvalidRequest(f"seconds={float(text):g}: this server makes up to {most / fps:g} s ({most} frames)")
     return num_frames
 
 
-def generation_fields(create: CreateVideo, config: ModelConfig, most_frames: int) -> dict[str, Any]:
-    """The fields of a GenerationRequest, JSON values only (no picture).
+def generation_fields(options: Sampling, fps: float, most_frames: int) -> dict[str, Any]:
+    """The fields of a GenerationRequest, JSON values only (no pixels).
+
+    Args:
+        fps: of the result where the request names none: the given clip's or the model's.
 
     Raises:
-        InvalidRequest: seconds and num_frames that are both given, or a length that the model does not make.
+        InvalidRequest: seconds and num_frames that are both given, or a longer clip than this server makes.
     """
-    names = ("negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "sampler",
-             "window_frames", "window_overlap")  # fmt: skip
-    fields = {"prompt": create.prompt, **{name: getattr(create, name) for name in names}}
-    if create.size is not None:
-        match = _SIZE.fullmatch(create.size)
-        fields["width"], fields["height"] = int(match[1]), int(match[2])
-        for side in ("width", "height"):
-            if not 1 <= fields[side] <= MAX_SIDE:
-                raise InvalidRequest(f"size={create.size!r}: each side should be in 1..{MAX_SIDE}")
-    if create.seconds is not None:
-        text = f"{create.seconds:.6f}" if isinstance(create.seconds, float) else str(create.seconds)
-        if not _SECONDS.fullmatch(text) or float(text) == 0:
-            raise InvalidRequest(f"seconds={_short(create.seconds)}: should be a number of seconds, such as '4'")
-        if create.num_frames is not None:
-            raise InvalidRequest(f"seconds={text}: num_frames={create.num_frames} is given as well; give one of them")
-        fields["num_frames"] = frames_for(float(text), create.fps or config.fps, most_frames)
+    fields = {"prompt": options.prompt, **{name: getattr(options, name, None) for name in _SHARED}}
+    if isinstance(options, Options):
+        fields |= _shape(options)
+        if options.seconds is not None:
+            if options.num_frames is not None:
+                text = f"seconds={_short(options.seconds)}: num_frames={options.num_frames} is given as well"
+                raise InvalidRequest(f"{text}; give one of them")
+            fields["num_frames"] = frames_for(options.seconds, options.fps or fps, most_frames)
+    if (fields["num_frames"] or 0) > most_frames:
+        raise InvalidRequest(f"num_frames={fields['num_frames']}: this server makes up to {most_frames} frames")
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def generation_request(fields: dict[str, Any], image: np.ndarray | None, **more: Any) -> GenerationRequest:
-    return GenerationRequest(**fields, **({} if image is None else {"image": image}), **more)
+def _shape(options: Options) -> dict[str, Any]:
+    fields: dict[str, Any] = {"expand": options.expand}
+    if isinstance(options.expand, str):
+        fields["expand"] = parse_expand(options.expand)
+    if options.size is not None:
+        match = _SIZE.fullmatch(options.size)
+        fields["width"], fields["height"] = int(match[1]), int(match[2])
+        for side in ("width", "height"):
+            if not 1 <= fields[side] <= MAX_SIDE:
+                raise InvalidRequest(f"size={options.size!r}: each side should be in 1..{MAX_SIDE}")
+    return fields
 
 
-def invalid(error: Exception, code: str = "invalid_value") -> ApiError:
-    """An engine's refusal as a 400; the field that the message begins with is its `param`."""
-    match = re.match(r"(\w+)[=:]", str(error))
-    name = match and {"height": "size", "width": "size"}.get(match[1], match[1])
-    param = name if name in CreateVideo.model_fields else None
+def invalid(error: Exception, code: str = "invalid_value", given: str = "input_reference") -> ApiError:
+    """An engine's refusal as a 400; the field that the message begins with is its `param`.
+
+    Args:
+        given: what the client calls its picture or clip.
+    """
+    match = re.match(r"(\w+)", str(error))
+    same = {"height": "size", "width": "size", "image": given, "video": given}
+    name = match and same.get(match[1], match[1])
+    param = name if name in {*CreateVideo.model_fields, *EditVideo.model_fields} else None
     return ApiError(400, str(error), code=code, param=param)
 
 
@@ -231,6 +307,13 @@ class VideoObject(BaseModel):
     guidance_scale: float
     sampler: str
     negative_prompt: str
+    application: str
+    expand: dict[str, int] | None
+    fit: Fit
+    strength: float
+    style: str | None
+    style_strength: float
+    loop: bool
 
 
 class VideoList(BaseModel):
@@ -248,7 +331,7 @@ class DeletedVideo(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """OpenAI's model object; `defaults` and `limits` are this project's."""
+    """OpenAI's model object; `defaults`, `limits` and `styles` are this project's."""
 
     id: str
     object: Literal["model"] = "model"
@@ -256,6 +339,7 @@ class ModelObject(BaseModel):
     owned_by: str = "pylumiere"
     defaults: dict[str, Any]
     limits: dict[str, Any]
+    styles: list[str]
 
 
 class ModelList(BaseModel):

@@ -34,6 +34,7 @@ class ServeOptions:
         concurrency: jobs in the engine at once.
         keep_seconds, keep_bytes: retention; None keeps.
         memory_budget: bytes of the engine.
+        trusted_key: PEM file of a public key; only a bundle that it signed is served.
     """
 
     model: str = "demo"
@@ -46,6 +47,7 @@ class ServeOptions:
     device: str = "auto"
     precision: str = "auto"
     memory_budget: int | None = None
+    trusted_key: str | None = None
     concurrency: int = 4
     limits: Limits = field(default_factory=Limits)
     keep_seconds: float | None = None
@@ -143,11 +145,12 @@ def serve(options: ServeOptions) -> None:
         store = Store(options.data, keep_seconds=options.keep_seconds, keep_bytes=options.keep_bytes)
         engine = Engine.load(
             options.model, backend=options.backend, device=options.device, precision=options.precision,
-            memory_budget=options.memory_budget, max_running=options.concurrency,
+            memory_budget=options.memory_budget, max_running=options.concurrency, trusted_key=options.trusted_key,
         )  # fmt: skip
         service = Service(
             engine.config, store, keys, options.limits, options.concurrency,
             (engine.config.name, *(name for name in options.aliases if name != engine.config.name)),
+            tuple(engine.styles()),
         )  # fmt: skip
         worker = LocalWorker(engine)
         worker.watch(service.metrics)

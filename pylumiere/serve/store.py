@@ -2,13 +2,15 @@
 
     DIR/jobs.sqlite3        the records; WAL, every commit synced
     DIR/lock                held by the one process that uses the folder
-    DIR/inputs/ID.png       a request's picture, decoded and encoded again by this server
+    DIR/inputs/ID/NAME      a request's pictures, clips and masks as they came, after they were decoded once
     DIR/work/ID/            a result while it is written
     DIR/videos/ID/          a whole result: made in work/, synced, then renamed
 
 A job is queued -> in_progress -> completed or failed. After a kill, `recover` finds jobs in progress: one whose result
 was already renamed is completed; the others are queued again, and fail with the reason once they have been started
-`MAX_ATTEMPTS` times. Names of files are made from ids that this module drew, never from anything that a client sent.
+`MAX_ATTEMPTS` times. A job's time may be limited: one that waits beyond its deadline fails. Names of files are made
+from ids that this module drew and, for inputs, from names of fields and numbers of frames; from nothing else that a
+client sent.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from pylumiere.errors import InvalidRequest
 
 MAX_ATTEMPTS = 3
 ID = re.compile(r"video_[0-9a-f]{32}")
+INPUT = re.compile(r"image|video|mask|keyframe_-?[0-9]{1,7}")
 _FACTS = "facts.json"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -48,7 +51,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     model TEXT NOT NULL,
     request TEXT NOT NULL,
     plan TEXT NOT NULL,
-    has_image INTEGER NOT NULL,
+    inputs TEXT NOT NULL,
+    deadline REAL,
     remixed_from TEXT,
     error_code TEXT,
     error_message TEXT,
@@ -58,7 +62,17 @@ CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, seq);
 CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, seq);
 CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_token ON jobs (owner, token) WHERE token IS NOT NULL;
 """
-_VERSION = 1
+_VERSION = 2
+# What an older folder lacks. Its pictures are moved before, which may be done twice.
+_FROM_VERSION_1 = """
+BEGIN IMMEDIATE;
+ALTER TABLE jobs ADD COLUMN inputs TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE jobs ADD COLUMN deadline REAL;
+UPDATE jobs SET inputs='["image"]' WHERE has_image;
+ALTER TABLE jobs DROP COLUMN has_image;
+PRAGMA user_version=2;
+COMMIT;
+"""
 
 
 class QueueFull(Exception):
@@ -72,6 +86,8 @@ class Job:
     Attributes:
         request: fields of a GenerationRequest, the seed among them, so that a second run gives the same bytes.
         plan: concrete values of the clip: num_frames, fps, height, width, seed, sampler, steps, guidance.
+        inputs: names of the files that came with the request.
+        deadline: when it must be done (a Unix time), or None.
     """
 
     seq: int
@@ -85,7 +101,8 @@ class Job:
     model: str
     request: dict[str, Any]
     plan: dict[str, Any]
-    has_image: bool
+    inputs: list[str]
+    deadline: float | None
     remixed_from: str | None
     error_code: str | None
     error_message: str | None
@@ -138,10 +155,18 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")  # a deleted prompt is gone
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _VERSION):
+        if version == 1:
+            self._update()
+        elif version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"its version is {version}; this server knows {_VERSION}")
         self._db.executescript(_SCHEMA)
         self._db.execute(f"PRAGMA user_version={_VERSION}")
+
+    def _update(self) -> None:
+        for file in (self.folder / "inputs").glob("*.png"):
+            (self.folder / "inputs" / file.stem).mkdir(exist_ok=True)
+            os.rename(file, self.folder / "inputs" / file.stem / "image")
+        self._db.executescript(_FROM_VERSION_1)
 
     def close(self) -> None:
         with self._lock:
@@ -168,7 +193,8 @@ class Store:
         request: dict[str, Any],
         plan: dict[str, Any],
         *,
-        image: bytes | None = None,
+        inputs: Mapping[str, bytes] | None = None,
+        timeout: float | None = None,
         remixed_from: str | None = None,
         token: str | None = None,
         queue_limit: int,
@@ -177,13 +203,14 @@ class Store:
         """Accepts a job; when this returns, the job is on the disk.
 
         Args:
-            image: a PNG.
+            inputs: files that the request needs, by names that `INPUT` allows.
+            timeout: seconds from now in which it must be done.
             token: of an owner's request that may be sent twice; the second gets the first one's job.
 
         Raises:
             QueueFull: `queue_limit` jobs wait, or the owner has `owner_limit` that wait or run.
         """
-        id = f"video_{secrets.token_hex(16)}"
+        id, now, inputs = f"video_{secrets.token_hex(16)}", time.time(), inputs or {}
         try:
             with self._transaction() as db:
                 if token is not None and (known := self._one("owner=? AND token=?", owner, token)) is not None:
@@ -193,17 +220,16 @@ class Store:
                 active = "SELECT count(*) FROM jobs WHERE owner=? AND status IN ('queued', 'in_progress')"
                 if db.execute(active, (owner,)).fetchone()[0] >= owner_limit:
                     raise QueueFull(f"this key has {owner_limit} jobs that wait or run, which is its limit")
-                if image is not None:
-                    self._write(self._input(id), image)
-                    _sync(self.folder / "inputs")
+                if inputs:
+                    self._write_inputs(id, inputs)
                 db.execute(
-                    "INSERT INTO jobs (id, owner, token, status, created_at, model, request, plan, has_image, "
-                    "remixed_from) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?)",
-                    (id, owner, token, time.time(), model, json.dumps(request), json.dumps(plan), image is not None,
-                     remixed_from),
+                    "INSERT INTO jobs (id, owner, token, status, created_at, model, request, plan, inputs, deadline, "
+                    "remixed_from) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
+                    (id, owner, token, now, model, json.dumps(request), json.dumps(plan), json.dumps(list(inputs)),
+                     None if timeout is None else now + timeout, remixed_from),
                 )  # fmt: skip
         except BaseException:
-            self._input(id).unlink(missing_ok=True)
+            shutil.rmtree(self._inputs(id), ignore_errors=True)
             raise
         return self.get(id, owner)
 
@@ -265,6 +291,25 @@ class Store:
             "AND attempts>=?", (time.time(), *values, MAX_ATTEMPTS),
         )  # fmt: skip
 
+    def expire(self) -> list[str]:
+        """Fails what waits beyond its deadline; returns the ids."""
+        with self._transaction() as db:
+            now = time.time()
+            late = db.execute(
+                "SELECT id, deadline-created_at FROM jobs WHERE status='queued' AND deadline<=?", (now,)
+            ).fetchall()
+            texts = [f"it was not started within its {round(seconds, 3):g} s" for _, seconds in late]
+            db.executemany(
+                "UPDATE jobs SET status='failed', ended_at=?, error_code='deadline_exceeded', error_message=? "
+                "WHERE id=?", [(now, text, id) for text, (id, _) in zip(texts, late, strict=True)],
+            )  # fmt: skip
+        return [id for id, _ in late]
+
+    def next_deadline(self) -> float | None:
+        """The earliest of those that wait."""
+        with self._lock:
+            return self._db.execute("SELECT min(deadline) FROM jobs WHERE status='queued'").fetchone()[0]
+
     def fail(self, id: str, code: str, message: str) -> bool:
         """False if the job is gone."""
         with self._transaction() as db:
@@ -301,11 +346,26 @@ class Store:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def _input(self, id: str) -> Path:
-        return self.folder / "inputs" / f"{id}.png"
+    def _inputs(self, id: str) -> Path:
+        return self.folder / "inputs" / id
 
-    def input_bytes(self, job: Job) -> bytes | None:
-        return self._input(job.id).read_bytes() if job.has_image else None
+    def _write_inputs(self, id: str, inputs: Mapping[str, bytes]) -> None:
+        folder = self._inputs(id)
+        folder.mkdir()
+        for name, data in inputs.items():
+            if not INPUT.fullmatch(name):
+                raise ValueError(f"no input is called {name!r}")
+            self._write(folder / name, data)
+        _sync(folder)
+        _sync(folder.parent)
+
+    def inputs(self, job: Job) -> dict[str, bytes]:
+        """The files that came with a request.
+
+        Raises:
+            FileNotFoundError: the job was deleted meanwhile.
+        """
+        return {name: (self._inputs(job.id) / name).read_bytes() for name in job.inputs}
 
     def start_result(self, id: str) -> Path:
         """An empty folder to write a result into."""
@@ -321,6 +381,8 @@ class Store:
         for file in work.iterdir():
             _sync(file)
             size += file.stat().st_size
+        if self._inputs(id).is_dir():  # they stay, for a remix
+            size += sum(file.stat().st_size for file in self._inputs(id).iterdir())
         self._write(work / _FACTS, json.dumps({"ended_at": ended_at, "bytes": size}).encode())
         _sync(work)
         shutil.rmtree(final, ignore_errors=True)
@@ -364,7 +426,7 @@ class Store:
             if self._readers.get(id):
                 self._doomed.add(id)
                 return
-        self._input(id).unlink(missing_ok=True)
+        shutil.rmtree(self._inputs(id), ignore_errors=True)
         shutil.rmtree(self.folder / "videos" / id, ignore_errors=True)
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -399,9 +461,9 @@ class Store:
         for folder in (self.folder / "videos").iterdir():
             if folder.name not in completed:
                 shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.folder / "inputs").iterdir():
-            if file.stem not in known:
-                file.unlink(missing_ok=True)
+        for folder in (self.folder / "inputs").iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
         return dict(done)
 
     def expires_at(self, job: Job) -> float | None:
@@ -433,8 +495,8 @@ class Store:
 
 def _job(row: tuple) -> Job:
     values = dict(zip(Job.__dataclass_fields__, row, strict=True))
-    values["request"], values["plan"] = json.loads(values["request"]), json.loads(values["plan"])
-    values["has_image"] = bool(values["has_image"])
+    for name in ("request", "plan", "inputs"):
+        values[name] = json.loads(values[name])
     return Job(**values)
 
 

@@ -22,20 +22,27 @@ for _name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "op
 import httpx  # noqa: E402
 import openai  # noqa: E402
 
+from pylumiere.checkpoint import load_checkpoint  # noqa: E402
+from pylumiere.config import model_preset  # noqa: E402
 from pylumiere.engine import Engine  # noqa: E402
 from pylumiere.serve.app import Limits, Service  # noqa: E402
 from pylumiere.serve.jobs import LocalWorker  # noqa: E402
 from pylumiere.serve.keys import KeyRing  # noqa: E402
 from pylumiere.serve.server import listening_socket, make_server  # noqa: E402
 from pylumiere.serve.store import Store  # noqa: E402
-from pylumiere.testing import write_random_model  # noqa: E402
+from pylumiere.styles import fingerprint, save_style  # noqa: E402
+from pylumiere.testing import random_weights, write_random_model  # noqa: E402
 
 SLOW = {"num_inference_steps": 1000}  # a clip that is still running when it is cancelled
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("model"))
+    """The tiny model, with a style "bold"."""
+    folder, network = write_random_model(tmp_path_factory.mktemp("model")), model_preset("tiny").base.network
+    other = {"conv_out.weight": random_weights(network, 5)["conv_out.weight"]}
+    save_style(folder / "styles" / "bold.safetensors", other, network, fingerprint(load_checkpoint(folder).base))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +55,9 @@ class Running:
     """A served service: `url`, the service itself, and an httpx client."""
 
     def __init__(self, engine, folder, *, keys=None, limits=None, concurrency=2, **store):
-        self.service = Service(engine.config, Store(folder, **store), keys, limits or Limits(), concurrency)
+        self.service = Service(
+            engine.config, Store(folder, **store), keys, limits or Limits(), concurrency, styles=tuple(engine.styles())
+        )
         worker = LocalWorker(engine)
         worker.watch(self.service.metrics)
         listener = listening_socket("127.0.0.1", 0)

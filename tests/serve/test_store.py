@@ -75,7 +75,7 @@ def test_limits(store):
     with pytest.raises(QueueFull, match="queue"):
         store.add("bob", "tiny", {}, PLAN, queue_limit=1, owner_limit=9)
     with pytest.raises(QueueFull, match="key"):
-        store.add("alice", "tiny", {}, PLAN, queue_limit=9, owner_limit=1, image=b"png")
+        store.add("alice", "tiny", {}, PLAN, queue_limit=9, owner_limit=1, inputs={"image": b"png"})
     assert not list((store.folder / "inputs").iterdir())
 
 
@@ -132,15 +132,60 @@ def test_a_kill_between_the_file_and_its_record(store):
 
 
 def test_a_kill_between_deletion_and_its_files(store):
-    job = store.add("alice", "tiny", {}, PLAN, image=b"png", **LIMITS)
+    job = store.add("alice", "tiny", {}, PLAN, inputs={"image": b"png", "keyframe_-1": b"png"}, **LIMITS)
+    assert store.inputs(job) == {"image": b"png", "keyframe_-1": b"png"}
     store.claim()
     finish(store, job)
+    assert store.get(job.id).bytes == 10 + 6  # inputs count
     with sqlite3.connect(store.folder / "jobs.sqlite3") as db:
         db.execute("DELETE FROM jobs")
     db.close()
     again, _ = reopened(store)
     assert not list((again.folder / "videos").iterdir()) and not list((again.folder / "inputs").iterdir())
     again.close()
+
+
+def test_inputs_without_a_record_go(store):
+    """A kill after the files and before the record."""
+    kept = store.add("alice", "tiny", {}, PLAN, inputs={"video": b"mp4"}, **LIMITS)
+    store._write_inputs("video_" + "0" * 32, {"mask": b"png"})
+    again, _ = reopened(store)
+    assert [folder.name for folder in (again.folder / "inputs").iterdir()] == [kept.id]
+    assert again.inputs(again.get(kept.id)) == {"video": b"mp4"}
+    with pytest.raises(ValueError, match="called"):
+        again.add("alice", "tiny", {}, PLAN, inputs={"../x": b""}, **LIMITS)
+    assert len(list((again.folder / "inputs").iterdir())) == 1
+    again.close()
+
+
+def test_what_waits_too_long_fails(store):
+    late = store.add("alice", "tiny", {}, PLAN, timeout=0.01, **LIMITS)
+    add(store)
+    assert store.next_deadline() == late.deadline
+    time.sleep(0.02)
+    assert store.expire() == [late.id] and store.next_deadline() is None
+    assert store.get(late.id).error_code == "deadline_exceeded" and "0.01 s" in store.get(late.id).error_message
+    assert store.claim().id != late.id and store.claim() is None
+
+
+def test_a_folder_of_the_first_version_is_taken_over(store):
+    """Its pictures had a column, and lay beside each other."""
+    job = store.add("alice", "tiny", {"prompt": "a"}, PLAN, inputs={"image": b"png"}, **LIMITS)
+    folder = store.folder
+    store.close()
+    with sqlite3.connect(folder / "jobs.sqlite3") as db:
+        db.execute("ALTER TABLE jobs ADD COLUMN has_image INTEGER NOT NULL DEFAULT 1")
+        db.execute("ALTER TABLE jobs DROP COLUMN inputs")
+        db.execute("ALTER TABLE jobs DROP COLUMN deadline")
+        db.execute("PRAGMA user_version=1")
+    db.close()
+    (folder / "inputs" / job.id / "image").rename(folder / "inputs" / f"{job.id}.png")
+    (folder / "inputs" / job.id).rmdir()
+    again = Store(folder)
+    again.recover()
+    assert again.inputs(again.claim()) == {"image": b"png"}
+    again.close()
+    Store(folder).close()
 
 
 def test_a_job_that_stops_the_server_every_time_fails(store):

@@ -14,6 +14,9 @@ Box-Muller on the words (0, 1) and (2, 3); logarithm, cosine and sine are the po
 the radius is within 2.2 * 2^-24 of its value, relative; cosine and sine within 1.5 * 2^-24, absolute.
 
 Bound by memory: x, the outputs of the covering windows and x0_prev are read once, x' and x0 written once.
+
+`denoise_step` gives new tensors. `denoise_step_` works in place on rings of frame states: a frame is named by its slot,
+and outputs may also lie among rows that were kept from earlier calls.
 """
 
 import torch
@@ -184,6 +187,29 @@ def reference(
     return new, x0
 
 
+def reference_(
+    x: Tensor, x0: Tensor | None, out: Tensor, kept: Tensor | None, slots: Tensor, rows: Tensor, weights: Tensor,
+    coef: Tensor, key: Tensor, halt: Tensor | None = None,
+) -> None:  # fmt: skip
+    if halt is not None and bool(halt):
+        return
+    at = slots.long()
+    rows = torch.where(rows < -1, out.shape[1] - 2 - rows, rows)  # kept rows stand after those of the call
+    every = out if kept is None else torch.cat([out, kept], 1)
+    new, clean = reference(x[at], None if x0 is None else x0[at], every, rows, weights, coef, key)
+    x[at] = new
+    if x0 is not None:
+        x0[at] = clean
+
+
+def initial_coef(alpha: float, sigma: float) -> tuple[float, ...]:
+    """Coefficients of the step, without windows and with step -1 in its key, that makes alpha x + sigma noise of x.
+
+    Its x0 is a zero with the sign of x, so that no bit is lost. For sigma noise alone take alpha = 1 and x = -0.
+    """
+    return (0.0, 1.0, alpha, 1.0, 0.0, sigma, 1.0, 1.0, float("inf"), 1.0)
+
+
 # ---- kernel --------------------------------------------------------------------------------------------------------
 
 _LOG_POLY, _SIN_POLY, _COS_POLY = tl.constexpr(_LOG), tl.constexpr(_SIN), tl.constexpr(_COS)
@@ -254,8 +280,8 @@ def _noise_tile(key_ptr, counter):
 
 @triton.jit
 def _denoise_step_kernel(
-    x_ptr, prev_ptr, out_ptr, rows_ptr, weights_ptr, coef_ptr, key_ptr, new_ptr, x0_ptr,
-    P, stride_g,
+    x_ptr, prev_ptr, out_ptr, kept_ptr, slots_ptr, rows_ptr, weights_ptr, coef_ptr, key_ptr, halt_ptr, new_ptr, x0_ptr,
+    P, stride_g, stride_kept,
     G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(P, BLOCK)
@@ -263,6 +289,11 @@ def _denoise_step_kernel(
     frame, tile = (pid // tiles).to(tl.int64), pid % tiles
     offs = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offs < P
+    if halt_ptr is not None:
+        mask = offs < tl.where(tl.load(halt_ptr) != 0, 0, P)
+    slot = frame
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + frame).to(tl.int64)
     coef_ptr += frame * 10
     u, v, p, q, r, n = (
         tl.load(coef_ptr), tl.load(coef_ptr + 1), tl.load(coef_ptr + 2),
@@ -271,18 +302,22 @@ def _denoise_step_kernel(
     guidance, gain, clip, scale = (
         tl.load(coef_ptr + 6), tl.load(coef_ptr + 7), tl.load(coef_ptr + 8), tl.load(coef_ptr + 9),
     )  # fmt: skip
-    x = tl.load(x_ptr + frame * P + offs, mask=mask, other=0.0)
+    x = tl.load(x_ptr + slot * P + offs, mask=mask, other=0.0)
     avg = tl.zeros([BLOCK], tl.float32) * -1.0  # -0: neutral in a sum, sign of zero included
     for k in tl.static_range(K):
         row = tl.load(rows_ptr + frame * K + k)
         weight = tl.load(weights_ptr + frame * K + k)
-        covered = offs < tl.where(row >= 0, P, 0)
-        base = out_ptr + row.to(tl.int64) * P + offs
-        o = tl.load(base, mask=covered, other=0.0).to(tl.float32)
+        covered = offs < tl.where(row != -1, P, 0)
+        base = out_ptr + row.to(tl.int64) * P
+        stride = stride_g
+        if kept_ptr is not None:
+            base = tl.where(row >= 0, base, kept_ptr + (-2 - row).to(tl.int64) * P)
+            stride = tl.where(row >= 0, stride_g, stride_kept)
+        o = tl.load(base + offs, mask=covered, other=0.0).to(tl.float32)
         if G == 2:
-            uncond = tl.load(base + stride_g, mask=covered, other=0.0).to(tl.float32)
+            uncond = tl.load(base + stride + offs, mask=covered, other=0.0).to(tl.float32)
             o = uncond + guidance * (o - uncond)
-        avg = tl.where(row >= 0, avg + weight * o, avg)
+        avg = tl.where(row != -1, avg + weight * o, avg)
     avg = avg * gain
     x0 = u * x + v * avg
     low = clip * -1.0
@@ -291,12 +326,13 @@ def _denoise_step_kernel(
     new = p * x + q * x0
     if prev_ptr is not None:  # noqa: SIM102 (decided by the compiler; the next for each frame)
         if r != 0:
-            new = new + r * tl.load(prev_ptr + frame * P + offs, mask=mask, other=0.0)
+            new = new + r * tl.load(prev_ptr + slot * P + offs, mask=mask, other=0.0)
     if n != 0:
         counter = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         new = new + n * _noise_tile(key_ptr + frame * 5, counter)
-    tl.store(new_ptr + frame * P + offs, new, mask=mask)
-    tl.store(x0_ptr + frame * P + offs, x0, mask=mask)
+    tl.store(new_ptr + slot * P + offs, new, mask=mask)
+    if x0_ptr is not None:
+        tl.store(x0_ptr + slot * P + offs, x0, mask=mask)
 
 
 # ---- launch --------------------------------------------------------------------------------------------------------
@@ -306,22 +342,35 @@ def _denoise_step_kernel(
 def launch(
     x: Tensor, x0_prev: Tensor | None, out: Tensor, rows: Tensor, weights: Tensor, coef: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    F, P = x.shape
-    new, x0 = (torch.empty(F, P, dtype=torch.float32, device=x.device) for _ in range(2))
+    new, x0 = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    _launch(x, x0_prev, out, None, None, rows, weights, coef, key, None, new, x0)
+    return new, x0
+
+
+@recorded("denoise_step_", reference_)
+def launch_(
+    x: Tensor, x0: Tensor | None, out: Tensor, kept: Tensor | None, slots: Tensor, rows: Tensor, weights: Tensor,
+    coef: Tensor, key: Tensor, halt: Tensor | None = None,
+) -> None:  # fmt: skip
+    _launch(x, x0, out, kept, slots, rows, weights, coef, key, halt, x, x0)
+
+
+def _launch(x, prev, out, kept, slots, rows, weights, coef, key, halt, new, x0) -> None:
+    F, P = rows.shape[0], x.shape[1]
     config = tuning.choose("denoise_step", launching.arch_of(x), P=P, dtype=out.dtype)
     launching.launch(
         _denoise_step_kernel,
         (F * triton.cdiv(P, config.constants["BLOCK"]),),
         dict(
-            x_ptr=x, prev_ptr=x0_prev, out_ptr=out, rows_ptr=rows, weights_ptr=weights, coef_ptr=coef, key_ptr=key,
-            new_ptr=new, x0_ptr=x0, P=P, stride_g=out.stride(0),
+            x_ptr=x, prev_ptr=prev, out_ptr=out, kept_ptr=kept, slots_ptr=slots, rows_ptr=rows, weights_ptr=weights,
+            coef_ptr=coef, key_ptr=key, halt_ptr=halt, new_ptr=new, x0_ptr=x0, P=P, stride_g=out.stride(0),
+            stride_kept=0 if kept is None else kept.stride(0),
         ),
         dict(G=out.shape[0], K=rows.shape[1], **config.constants),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         fp_fusion=False,
     )  # fmt: skip
-    return new, x0
 
 
 # ---- op ------------------------------------------------------------------------------------------------------------
@@ -359,21 +408,55 @@ def _(x, x0_prev, out, rows, weights, coef, key):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-def _check(x, x0_prev, out, rows, weights, coef, key) -> None:
+@torch.library.custom_op("pylumiere::denoise_step_", mutates_args=("x", "x0"))
+def denoise_step_(
+    x: Tensor, x0: Tensor | None, out: Tensor, kept: Tensor | None, slots: Tensor, rows: Tensor, weights: Tensor,
+    coef: Tensor, key: Tensor, halt: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One sampler step of F frames in place: of those in `slots` of the rings x and x0. Others are not touched.
+
+    Args:
+        x: [S, P] float32, the states; P = H*W*C.
+        x0: [S, P] float32, x0 of the step before, replaced by this step's; None where no step needs it.
+        out: [G, R, P] as in `denoise_step`.
+        kept: [G, M, P] in the type of `out`, rows of earlier calls, or None.
+        slots: [F] int32, each at most once.
+        rows: [F, K] int32; r >= 0 is row r of `out`, -1 none, and -2 - r row r of `kept`.
+        weights, coef, key: one row a frame, as in `denoise_step`.
+        halt: [1] int32; where it is not 0, nothing is done. For a caller who learns later that `out` is of no use.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a tensor that is not contiguous.
+    """
+    _check(x, x0, out, rows, weights, coef, key, slots, kept, halt)
+    (launch_ if x.is_cuda else reference_)(x, x0, out, kept, slots, rows, weights, coef, key, halt)
+
+
+@denoise_step_.register_fake
+def _(x, x0, out, kept, slots, rows, weights, coef, key, halt=None):
+    _check(x, x0, out, rows, weights, coef, key, slots, kept, halt)
+
+
+def _check(x, x0_prev, out, rows, weights, coef, key, slots=None, kept=None, halt=None) -> None:
     if x.dim() != 2:
         raise ValueError(f"denoise_step: x has shape {tuple(x.shape)}, expected [F, P]")
     if out.dim() != 3 or out.shape[0] not in (1, 2) or out.shape[2] != x.shape[1]:
         raise ValueError(f"denoise_step: out has shape {tuple(out.shape)}, expected [1 or 2, R, {x.shape[1]}]")
-    if rows.dim() != 2 or rows.shape[0] != x.shape[0] or rows.shape[1] < 1:
-        raise ValueError(f"denoise_step: rows has shape {tuple(rows.shape)}, expected [{x.shape[0]}, K]")
+    frames = x.shape[0] if slots is None else slots.numel()
+    if rows.dim() != 2 or rows.shape[0] != frames or rows.shape[1] < 1:
+        raise ValueError(f"denoise_step: rows has shape {tuple(rows.shape)}, expected [{frames}, K]")
+    kept_rows = 0 if kept is None or kept.dim() != 3 else kept.shape[1]
     wanted = {
         "x": (x, x.shape, (torch.float32,)),
         "x0_prev": (x0_prev, x.shape, (torch.float32,)),
         "out": (out, out.shape, (torch.float32, torch.float16, torch.bfloat16)),
         "rows": (rows, rows.shape, (torch.int32,)),
         "weights": (weights, rows.shape, (torch.float32,)),
-        "coef": (coef, (x.shape[0], len(COEF)), (torch.float32,)),
-        "key": (key, (x.shape[0], len(KEY)), (torch.int64,)),
+        "coef": (coef, (frames, len(COEF)), (torch.float32,)),
+        "key": (key, (frames, len(KEY)), (torch.int64,)),
+        "slots": (slots, (frames,), (torch.int32,)),
+        "kept": (kept, (out.shape[0], kept_rows, out.shape[2]), (out.dtype,)),
+        "halt": (halt, (1,), (torch.int32,)),
     }
     for name, (value, shape, dtypes) in wanted.items():
         if value is None:
@@ -412,7 +495,20 @@ def aot_cases(dtype: torch.dtype) -> list:
             torch.empty(F, 5, dtype=torch.int64, device="meta"),
         )  # fmt: skip
 
+    def in_ring(G: int, K: int, multistep: bool):
+        F, P = 80, 128 * 128 * 3
+        x = torch.empty(F, P, device="meta")
+        out = torch.empty(G, F, P, dtype=dtype, device="meta")
+        slots = torch.empty(F, dtype=torch.int32, device="meta")
+        return lambda: launch_(
+            x, torch.empty_like(x) if multistep else None, out, torch.empty_like(out), slots,
+            torch.empty(F, K, dtype=torch.int32, device="meta"), torch.empty(F, K, device="meta"),
+            torch.empty(F, 10, device="meta"), torch.empty(F, 5, dtype=torch.int64, device="meta"), slots[:1],
+        )  # fmt: skip
+
     return [
-        (f"G{G}-K{K}-{'multistep' if multistep else 'single'}", case(G, K, multistep))
-        for G, K, multistep in ((2, 1, False), (2, 1, True), (1, 2, False), (1, 2, True))
+        (f"{form}G{G}-K{K}-{'multistep' if multistep else 'single'}", function(G, K, multistep))
+        for form, function, counts in (("", case, ((2, 1), (1, 2))), ("ring-", in_ring, ((2, 2), (1, 2), (1, 4))))
+        for G, K in counts
+        for multistep in (False, True)
     ]

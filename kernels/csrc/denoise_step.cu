@@ -37,7 +37,8 @@ bool aligned(const void* pointer, std::uintptr_t bytes) { return reinterpret_cas
 template <typename T>
 cudaError_t launch(const DenoiseStepArgs& args, int blocks, cudaStream_t stream) {
     const bool vector = args.positions % 4 == 0 && aligned(args.x, 16) && aligned(args.x0_prev, 16) &&
-                        aligned(args.x_new, 16) && aligned(args.x0_new, 16) && aligned(args.out, 4 * sizeof(T));
+                        aligned(args.x_new, 16) && aligned(args.x0_new, 16) && aligned(args.out, 4 * sizeof(T)) &&
+                        aligned(args.kept, 4 * sizeof(T));
     const auto kernel = vector ? denoise_step_kernel<T, true> : denoise_step_kernel<T, false>;
     kernel<<<static_cast<unsigned>(blocks * args.num_frames), kThreads, 0, stream>>>(args, blocks);
     return cudaGetLastError();

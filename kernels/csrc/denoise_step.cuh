@@ -22,21 +22,27 @@ namespace lumiere {
 enum class OutType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Device pointers, all tensors contiguous. x_new may be x, and x0_new may be x0_prev.
+//
+// With `slots` the states are a ring: frame f is row slots[f] of x, x0_prev, x_new and x0_new.
 struct DenoiseStepArgs {
-    const float* x;            // [num_frames, positions]
-    const float* x0_prev;      // [num_frames, positions] or null; read in frames with r != 0
+    const float* x;            // [num_frames or slots, positions]
+    const float* x0_prev;      // as x, or null; read in frames with r != 0
     const void* out;           // [num_outputs, out_rows, positions]
-    const std::int32_t* rows;  // [num_frames, num_windows], -1 = none
+    const std::int32_t* rows;  // [num_frames, num_windows]; -1 = none, -2 - r = row r of kept
     const float* weights;      // [num_frames, num_windows]
     const float* coef;         // [num_frames, 10]: u v p q r n guidance gain clip scale
     const std::int64_t* key;   // [num_frames, 5]: seed stage step frame unused
-    float* x_new;              // [num_frames, positions]
-    float* x0_new;             // [num_frames, positions]
+    float* x_new;              // as x
+    float* x0_new;             // as x, or null
     std::int64_t num_frames;
     std::int64_t positions;
     std::int64_t out_rows;
     std::int32_t num_windows;
     std::int32_t num_outputs;  // 2 with guidance: with the prompt, then without
+    const std::int32_t* slots = nullptr;  // [num_frames], each at most once; null: frame f is row f
+    const void* kept = nullptr;           // [num_outputs, kept_rows, positions], rows of earlier calls
+    std::int64_t kept_rows = 0;
+    const std::int32_t* halt = nullptr;  // where *halt != 0, nothing is done
 };
 
 #ifdef __CUDACC__
@@ -238,7 +244,8 @@ LUMIERE_HOST_DEVICE void denoise_quad(const DenoiseStepArgs& a, std::int64_t fra
     const std::int64_t first = 4 * counter;
     const std::int64_t left = a.positions - first;
     const int valid = left < 4 ? static_cast<int>(left) : 4;
-    const std::int64_t at = frame * a.positions + first;
+    if (a.halt != nullptr && *a.halt != 0) return;
+    const std::int64_t at = (a.slots != nullptr ? a.slots[frame] : frame) * a.positions + first;
     const float* coef = a.coef + frame * 10;
     const float u = coef[0], v = coef[1], p = coef[2], q = coef[3], r = coef[4], n = coef[5];
     const float guidance = coef[6], gain = coef[7], clip = coef[8], scale = coef[9];
@@ -247,12 +254,14 @@ LUMIERE_HOST_DEVICE void denoise_quad(const DenoiseStepArgs& a, std::int64_t fra
     Quad avg{{-0.0f, -0.0f, -0.0f, -0.0f}};  // -0 is neutral in a sum, sign of zero included
     for (int k = 0; k < a.num_windows; ++k) {
         const std::int32_t row = a.rows[frame * a.num_windows + k];
-        if (row < 0) continue;
+        if (row == -1) continue;
         const float weight = a.weights[frame * a.num_windows + k];
-        const T* cond = static_cast<const T*>(a.out) + row * a.positions + first;
+        const bool is_kept = row < 0;
+        const T* cond = static_cast<const T*>(is_kept ? a.kept : a.out) +
+                        std::int64_t{is_kept ? -2 - row : row} * a.positions + first;
         Quad o = load_quad<kVector>(cond, valid);
         if (a.num_outputs == 2) {
-            const Quad uncond = load_quad<kVector>(cond + a.out_rows * a.positions, valid);
+            const Quad uncond = load_quad<kVector>(cond + (is_kept ? a.kept_rows : a.out_rows) * a.positions, valid);
             for (int i = 0; i < 4; ++i) o.v[i] = add(uncond.v[i], mul(guidance, sub(o.v[i], uncond.v[i])));
         }
         for (int i = 0; i < 4; ++i) avg.v[i] = add(avg.v[i], mul(weight, o.v[i]));
@@ -274,7 +283,7 @@ LUMIERE_HOST_DEVICE void denoise_quad(const DenoiseStepArgs& a, std::int64_t fra
         for (int i = 0; i < 4; ++i) next.v[i] = add(next.v[i], mul(n, noise.v[i]));
     }
     store_quad<kVector>(a.x_new + at, next, valid);
-    store_quad<kVector>(a.x0_new + at, x0, valid);
+    if (a.x0_new != nullptr) store_quad<kVector>(a.x0_new + at, x0, valid);
 }
 
 }  // namespace lumiere

@@ -86,6 +86,23 @@ struct PyWavefront {
     return nb::make_tuple(tasks_to_numpy(tasks), fresh_to_numpy(fresh));
   }
 
+  // Of the batch that `next` gave: the frame at each position of each task's call, and its slot.
+  nb::tuple reads() const {
+    std::vector<std::int64_t> frames;
+    std::vector<std::int32_t> slots;
+    std::size_t length = 0;
+    for (const Task& task : tasks) {
+      const WindowPlan& plan = wavefront.plan(task.clip);
+      length = static_cast<std::size_t>(plan.call_frames());
+      for (int i = 0; i < plan.call_frames(); ++i) {
+        frames.push_back(plan.frame_at(task.window, i));
+        slots.push_back(wavefront.slot(task.clip, frames.back()));
+      }
+    }
+    return nb::make_tuple(to_numpy(std::move(frames), {tasks.size(), length}),
+                          to_numpy(std::move(slots), {tasks.size(), length}));
+  }
+
   nb::tuple complete(int max_writers) {
     wavefront.complete(tasks, completion);
     tasks.clear();
@@ -303,11 +320,15 @@ NB_MODULE(_runtime, m) {
         return w.wavefront.add_clip(plan, steps, capacity);
       }, "plan"_a, "steps"_a, "capacity"_a = 1)
       .def("remove_clip", [](PyWavefront& w, std::int64_t clip) { w.wavefront.remove_clip(clip); }, "clip"_a)
+      .def("set_paused", [](PyWavefront& w, std::int64_t clip, bool paused) { w.wavefront.set_paused(clip, paused); },
+           "clip"_a, "paused"_a)
       .def("extend", [](PyWavefront& w, std::int64_t clip, std::int64_t available, bool ended) {
         w.wavefront.extend(clip, available, ended);
       }, "clip"_a, "available"_a, "ended"_a)
       .def("next", &PyWavefront::next, "capacity"_a,
            "(tasks [N, 3]: clip, window, step; fresh [F, 3]: clip, frame, slot), int64.")
+      .def("reads", &PyWavefront::reads,
+           "Of the batch that `next` gave: (frames [N, L] int64, their slots [N, L] int32), by position in the call.")
       .def("complete", &PyWavefront::complete, "max_writers"_a,
            "Of the batch that `next` gave: (steps [F, 4] int64: clip, frame, step, slot; rows [F, K] int32, weights [F, K] "
            "fp32; kept [M, 3] int64: clip, call row, kept row). A row >= 0 is a kept row, -1 - r is row r of the call, "
@@ -316,6 +337,7 @@ NB_MODULE(_runtime, m) {
       .def("final_end", [](PyWavefront& w, std::int64_t clip) { return w.wavefront.final_end(clip); }, "clip"_a)
       .def("release", [](PyWavefront& w, std::int64_t clip, std::int64_t count) { w.wavefront.release(clip, count); },
            "clip"_a, "count"_a)
+      .def("plan", [](PyWavefront& w, std::int64_t clip) { return w.wavefront.plan(clip); }, "clip"_a)
       .def("slot", [](PyWavefront& w, std::int64_t clip, std::int64_t frame) { return w.wavefront.slot(clip, frame); },
            "clip"_a, "frame"_a)
       .def("is_finished", [](PyWavefront& w, std::int64_t clip) { return w.wavefront.is_finished(clip); }, "clip"_a)
@@ -407,15 +429,21 @@ NB_MODULE(_runtime, m) {
         "The sampler step of kernels/denoise_step.py on CPU arrays: writes x_next (may be x) and x0 (may be x0_prev).");
 #ifdef LUMIERE_CUDA
   using DeviceFloats = nb::ndarray<float, nb::c_contig, nb::device::cuda, nb::ndim<2>>;
+  using DeviceInts = nb::ndarray<std::int32_t, nb::c_contig, nb::device::cuda, nb::ndim<1>>;
   m.def("denoise_step_cuda",
         [](DeviceFloats x, std::optional<DeviceFloats> x0_prev, nb::ndarray<nb::c_contig, nb::device::cuda, nb::ndim<3>> out,
            nb::ndarray<std::int32_t, nb::c_contig, nb::device::cuda, nb::ndim<2>> rows, DeviceFloats weights,
            nb::ndarray<float, nb::c_contig, nb::device::cuda, nb::shape<-1, 10>> coef,
            nb::ndarray<std::int64_t, nb::c_contig, nb::device::cuda, nb::shape<-1, 5>> key, DeviceFloats x_next,
-           DeviceFloats x0, std::uintptr_t stream) {
-          const std::size_t n = x.shape(0), values = x.shape(1);
-          const auto same = [&](const auto& a) { return a.shape(0) == n && a.shape(1) == values; };
-          require(same(x_next) && same(x0) && (!x0_prev || same(*x0_prev)), "x, x0_prev, x_next and x0 differ in shape");
+           std::optional<DeviceFloats> x0, std::uintptr_t stream, std::optional<DeviceInts> slots,
+           std::optional<nb::ndarray<nb::c_contig, nb::device::cuda, nb::ndim<3>>> kept, std::optional<DeviceInts> halt) {
+          const std::size_t n = slots ? slots->shape(0) : x.shape(0), values = x.shape(1);
+          const auto same = [&](const auto& a) { return a.shape(0) == x.shape(0) && a.shape(1) == values; };
+          require(same(x_next) && (!x0 || same(*x0)) && (!x0_prev || same(*x0_prev)),
+                  "x, x0_prev, x_next and x0 differ in shape");
+          require(!kept || (kept->shape(0) == out.shape(0) && kept->shape(2) == values && kept->dtype() == out.dtype()),
+                  "kept does not fit out");
+          require(!halt || halt->shape(0) == 1, "halt must be one number");
           require(out.shape(2) == values && rows.shape(0) == n && weights.shape(0) == n &&
                       weights.shape(1) == rows.shape(1) && coef.shape(0) == n && key.shape(0) == n,
                   "out, rows, weights, coef or key do not fit x");
@@ -424,14 +452,18 @@ NB_MODULE(_runtime, m) {
                                    : type == ElementType::float16 ? OutType::kFloat16
                                                                   : OutType::kBFloat16;
           const DenoiseStepArgs args{x.data(), x0_prev ? x0_prev->data() : nullptr, out.data(), rows.data(), weights.data(),
-                                     coef.data(), key.data(), x_next.data(), x0.data(), static_cast<std::int64_t>(n),
+                                     coef.data(), key.data(), x_next.data(), x0 ? x0->data() : nullptr, static_cast<std::int64_t>(n),
                                      static_cast<std::int64_t>(values), static_cast<std::int64_t>(out.shape(1)),
-                                     static_cast<std::int32_t>(rows.shape(1)), static_cast<std::int32_t>(out.shape(0))};
+                                     static_cast<std::int32_t>(rows.shape(1)), static_cast<std::int32_t>(out.shape(0)),
+                                     slots ? slots->data() : nullptr, kept ? kept->data() : nullptr,
+                                     kept ? static_cast<std::int64_t>(kept->shape(1)) : 0, halt ? halt->data() : nullptr};
           nb::gil_scoped_release release;
           denoise_step_on_stream(args, out_type, stream);
         },
-        "x"_a, "x0_prev"_a.none(), "out"_a, "rows"_a, "weights"_a, "coef"_a, "key"_a, "x_next"_a, "x0"_a, "stream"_a,
-        "denoise_step on CUDA arrays, enqueued on `stream` (an integer handle). Does not synchronise.");
+        "x"_a, "x0_prev"_a.none(), "out"_a, "rows"_a, "weights"_a, "coef"_a, "key"_a, "x_next"_a, "x0"_a.none(), "stream"_a,
+        "slots"_a = nb::none(), "kept"_a = nb::none(), "halt"_a = nb::none(),
+        "denoise_step on CUDA arrays, enqueued on `stream` (an integer handle). Does not synchronise. With `slots` it is "
+        "denoise_step_: x_next is x, and x0 is x0_prev.");
 #endif
   m.def("frame_noise", [](Array<const std::int64_t, nb::shape<-1, 5>> key, Array<float, nb::ndim<2>> out, ThreadPool& pool,
                           std::optional<int> instruction_set) {

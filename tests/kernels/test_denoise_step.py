@@ -144,6 +144,108 @@ def test_previous_x0_is_not_read_where_its_factor_is_zero():
     assert all(torch.isfinite(v).all() for v in run(args))
 
 
+# ---- in place, in rings -------------------------------------------------------------------------------------------
+
+
+def ring_case(F, P, G, R, K, dtype=torch.float32, multistep=True, seed=0, slots=7, kept=3):
+    """As `case`, in rings of `slots` more slots than frames, which hold NaN; some rows are kept ones."""
+    x, prev, out, rows, weights, coef, key = case(F, P, G, R, K, dtype, multistep, seed)
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randperm(F + slots, generator=generator)[:F].to(torch.int32)
+    rings = [torch.full((F + slots, P), math.nan) for _ in range(2)]
+    rings[0][at.long()] = x
+    rings[1][at.long()] = torch.where(coef[:, 4:5] == 0, math.nan, x if prev is None else prev)
+    extra = torch.randn(G, kept, P, generator=generator).to(dtype)
+    if kept:
+        chosen = torch.rand(rows.shape, generator=generator) < 0.3
+        rows = torch.where(chosen, -2 - torch.randint(0, kept, rows.shape, generator=generator), rows).to(torch.int32)
+    return [rings[0], rings[1] if multistep else None, out, extra, at, rows, weights, coef, key]
+
+
+def by_definition(args):
+    """What must stand in the rings: the step on new tensors, for outputs joined with the kept rows."""
+    x, prev, out, kept, at, rows, weights, coef, key = args
+    rows = torch.where(rows < -1, out.shape[1] - 2 - rows, rows)
+    place = at.long()
+    before = None if prev is None else prev[place]
+    new = op.reference(x[place], before, torch.cat([out, kept], 1), rows, weights, coef, key)
+    expected = [x.clone(), None if prev is None else prev.clone()]
+    for ring, value in zip(expected, new, strict=True):
+        if ring is not None:
+            ring[place] = value.to(ring.dtype)
+    return [ring for ring in expected if ring is not None]
+
+
+def run_in_place(function, args, halt=None):
+    args = to([*args, halt], lambda v: v.clone().to(DEVICE if function is op.launch_ else "cpu"))
+    function(*args)
+    return [v.cpu() for v in args[:2] if v is not None]
+
+
+def assert_same_rings(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.isnan(), e.isnan()), "slots of other frames are not touched"
+        assert torch.equal(a.view(torch.int32)[~e.isnan()], e.view(torch.int32)[~e.isnan()])
+
+
+@pytest.mark.parametrize("function", [op.launch_, op.reference_, op.denoise_step_])
+@pytest.mark.parametrize("multistep", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_in_rings_gives_the_bits_of_the_step(shape, dtype, multistep, function):
+    args = ring_case(*shape, dtype, multistep)
+    assert_same_rings(run_in_place(function, args), by_definition(args))
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 4), st.integers(1, 200), st.integers(1, 2), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99)
+)
+def test_a_step_in_rings_of_any_shape(F, P, G, R, K, seed):
+    args = ring_case(F, P, G, R, K, seed=seed, slots=seed % 3, kept=seed % 4)
+    assert_same_rings(run_in_place(op.launch_, args), by_definition(args))
+
+
+@pytest.mark.parametrize("multistep", [False, True])
+def test_a_step_in_rings_is_near_float64(multistep):
+    args = ring_case(4, 200, 2, 5, 3, multistep=multistep)
+    exact = by_definition(to(args, lambda v: v.double() if v.dtype == torch.float32 else v))
+    place = args[4].long()
+    for actual, expected in zip(run_in_place(op.launch_, args), exact, strict=True):
+        assert_close(actual[place], expected[place])
+
+
+@pytest.mark.parametrize("function", [op.launch_, op.reference_])
+def test_a_halted_step_changes_nothing(function):
+    args = ring_case(3, 130, 2, 5, 3)
+    untouched = [v.clone() for v in args[:2]]
+    assert_same_rings(run_in_place(function, args, torch.ones(1, dtype=torch.int32)), untouched)
+    assert_same_rings(run_in_place(function, args, torch.zeros(1, dtype=torch.int32)), by_definition(args))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.7])
+def test_the_initial_state_is_a_step(alpha):
+    """alpha clean + sigma noise; without a clean frame sigma noise alone. Zeros keep their sign."""
+    F, P, sigma = 3, 130, 1.3
+    clean = torch.full((F, P), -0.0) if alpha is None else torch.randn(F, P)
+    clean[:, :4] = -0.0
+    if alpha is not None:
+        clean[:, 4:8] = 0.0
+    key = torch.tensor([[9, 1, -1, frame, 0] for frame in range(F)])
+    coef = torch.tensor([op.initial_coef(1.0 if alpha is None else alpha, sigma)] * F)
+    args = [clean, None, torch.full((1, 1, P), math.nan), None, torch.arange(F, dtype=torch.int32)]
+    args += [torch.full((F, 2), -1, dtype=torch.int32), torch.zeros(F, 2), coef, key]
+    noise = torch.tensor(sigma) * op.noise_of_keys(key, P)
+    expected = noise if alpha is None else torch.tensor(alpha) * clean + noise
+    for function in (op.launch_, op.reference_):
+        assert_same_rings(run_in_place(function, args), [expected])
+    coef[:, 5] = 0.0  # no noise: the sign of a zero is seen
+    zero = clean if alpha is None else torch.tensor(alpha) * clean
+    for function in (op.launch_, op.reference_):
+        assert_same_rings(run_in_place(function, args), [zero])
+
+
 # ---- the noise -----------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +365,18 @@ extern "C" void run(const float* x, const float* prev, const void* out, const in
             vector ? lumiere::denoise_quad<float, true>(args, frame, counter)
                    : lumiere::denoise_quad<float, false>(args, frame, counter);
 }
+extern "C" void run_in_ring(float* x, float* x0, const void* out, const void* kept, const int32_t* slots,
+                            const int32_t* rows, const float* weights, const float* coef, const int64_t* key,
+                            const int32_t* halt, int64_t frames, int64_t positions, int64_t out_rows,
+                            int64_t kept_rows, int32_t windows, int32_t outputs) {
+    const lumiere::DenoiseStepArgs args{x, x0, out, rows, weights, coef, key, x, x0, frames, positions, out_rows,
+                                        windows, outputs, slots, kept, kept_rows, halt};
+    const bool vector = positions % 4 == 0;
+    for (int64_t frame = 0; frame < frames; ++frame)
+        for (int64_t counter = 0; 4 * counter < positions; ++counter)
+            vector ? lumiere::denoise_quad<float, true>(args, frame, counter)
+                   : lumiere::denoise_quad<float, false>(args, frame, counter);
+}
 """
 
 
@@ -276,7 +390,7 @@ def twin(tmp_path_factory):
     (folder / "host.cpp").write_text(HOST)
     command = [compiler, "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", f"-I{SOURCE}"]
     subprocess.run([*command, str(folder / "host.cpp"), "-o", str(folder / "host.so")], check=True)
-    return ctypes.CDLL(str(folder / "host.so")).run
+    return ctypes.CDLL(str(folder / "host.so"))
 
 
 @pytest.mark.parametrize("multistep", [False, True])
@@ -287,8 +401,23 @@ def test_twin_gives_the_bits_of_the_reference(twin, shape, multistep):
     results = [torch.full_like(x, math.nan) for _ in range(2)]
     pointers = [ctypes.c_void_p(None if v is None else v.data_ptr()) for v in (*args, *results)]
     sizes = [ctypes.c_int64(v) for v in (*x.shape, out.shape[1])]
-    twin(*pointers, *sizes, ctypes.c_int32(rows.shape[1]), ctypes.c_int32(out.shape[0]))
+    twin.run(*pointers, *sizes, ctypes.c_int32(rows.shape[1]), ctypes.c_int32(out.shape[0]))
     assert_same_bits(results, op.reference(*args))
+
+
+@pytest.mark.parametrize("multistep", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_twin_steps_in_rings(twin, shape, multistep):
+    args = ring_case(*shape, torch.float32, multistep)
+    expected = by_definition(args)
+    untouched = [v.clone() for v in args[:2] if v is not None]
+    x, _, out, kept, _, rows = args[:6]
+    sizes = [ctypes.c_int64(v) for v in (len(rows), x.shape[1], out.shape[1], kept.shape[1])]
+    for halt, want in ((1, untouched), (0, expected)):
+        tensors = [*args, torch.tensor([halt], dtype=torch.int32)]
+        pointers = [ctypes.c_void_p(None if v is None else v.data_ptr()) for v in tensors]
+        twin.run_in_ring(*pointers, *sizes, ctypes.c_int32(rows.shape[1]), ctypes.c_int32(out.shape[0]))
+        assert_same_rings([v for v in args[:2] if v is not None], want)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +453,31 @@ def test_twin_compiles_for_oldest_and_newest_chips_without_spills(nvcc, tmp_path
 @pytest.mark.parametrize("multistep", [False, True])
 def test_opcheck(multistep):
     torch.library.opcheck(op.denoise_step, tuple(case(2, 6, 2, 3, 2, multistep=multistep)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("multistep", [False, True])
+def test_opcheck_in_rings(multistep):
+    args = [v if v is None or not v.is_floating_point() else v.nan_to_num() for v in ring_case(2, 6, 2, 3, 2)]
+    if not multistep:
+        args[1] = None
+    torch.library.opcheck(op.denoise_step_, tuple(args))
+
+
+@pytest.mark.parametrize("index, change, message", [
+    (3, lambda v: v[:1], r"kept has shape \(1, 3, 6\), expected \(2, 3, 6\)"),
+    (3, lambda v: v.half(), "kept has dtype torch.float16"),
+    (4, lambda v: v.long(), "slots has dtype torch.int64"),
+    (4, lambda v: v[:1], r"rows has shape \(2, 2\), expected \[1, K\]"),
+    (9, lambda v: v.long(), "halt has dtype torch.int64"),
+])  # fmt: skip
+def test_rings_that_do_not_fit_are_rejected_in_the_op_and_in_the_fake(index, change, message):
+    args = [*ring_case(2, 6, 2, 3, 2), torch.zeros(1, dtype=torch.int32)]
+    args[index] = change(args[index])
+    with pytest.raises(ValueError, match=message):
+        op.denoise_step_(*args)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+        op.denoise_step_(*to(args, mode.from_tensor))
 
 
 REJECTED = {

@@ -66,7 +66,9 @@ MAX_LISTENERS = 256
 _MAX_FIELDS, _MAX_FILES = 128, 66
 MODEL_LENGTHS = 8  # the longest clip over the model's own, unless `Limits.frames` says otherwise
 _TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
-_PAGE = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_PAGE = {
+    "page.css": "text/css", "page.js": "text/javascript", "painter.js": "text/javascript", "icon.svg": "image/svg+xml",
+}  # fmt: skip
 
 _KEYFRAME = re.compile(r"keyframes\[(-?\w{1,20})\]")
 Files = Mapping[str, bytes]  # by the form's fields
@@ -680,6 +682,11 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
         )
     fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
+    body = await request.body()
+    boundary = re.search(r"boundary=\"?([^\";\s]{1,200})", request.headers["content-type"], re.IGNORECASE)
+    # The parser takes a form that breaks off for a shorter one.
+    if kind == "multipart/form-data" and (not boundary or f"--{boundary[1]}--".encode() not in body[-1024:]):
+        raise ApiError(400, "the form is malformed: it has no end", code="invalid_form")
     try:
         form = await request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=limits.body_bytes)
     except (ApiError, ClientDisconnect):
@@ -698,6 +705,8 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
                     raise _given_twice(name)
                 files[name] = await value.read()
                 continue
+            if kind == "multipart/form-data" and not _is_in(value, body):  # the parser takes other bytes for Latin-1
+                raise ApiError(400, f"field {name[:60]!r} is no UTF-8", code="invalid_form", param=name[:60])
             nested = re.fullmatch(r"(\w+)\[(-?\w+)\]", name)  # how OpenAI's client writes an object into a form
             target = fields.setdefault(nested[1], {}) if nested else fields
             name = nested[2] if nested else name
@@ -711,6 +720,13 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
         if name in fields:
             raise _given_twice(name)
     return fields, files, True
+
+
+def _is_in(text: str, body: bytes) -> bool:
+    try:
+        return text.encode() in body
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def _given_twice(name: str) -> ApiError:

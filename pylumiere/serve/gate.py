@@ -22,7 +22,8 @@ from pylumiere.serve.schema import ApiError
 
 ANYONE = ""  # the owner of all jobs where there are no keys
 BODY_SECONDS = 60.0
-_PUBLIC = frozenset({"/", "/healthz", "/readyz", "/assets/page.css", "/assets/page.js", "/assets/icon.svg"})
+_ASSETS = ("page.css", "page.js", "painter.js", "icon.svg")
+_PUBLIC = frozenset({"/", "/healthz", "/readyz", *(f"/assets/{name}" for name in _ASSETS)})
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"})
 _LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 _HEADERS = {

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pylumiere.inputs import read_mask, request_fields
 from pylumiere.video import read_video
 
 from .conftest import SLOW, wait_until
+from .test_applications import CLIP, PIXELS, STILL, png
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -174,6 +176,147 @@ def test_a_failed_clip_says_why(server, open_page):
     server.service.hub.publish(id, "status")
     sync_api.expect(page.locator(".card.is-failed .error")).to_have_text("it needs more memory than there is")
     server.service.runner.cancel(id)
+
+
+# ---- applications ----------------------------------------------------------------------------------------------------
+
+
+def choose(page, application, file=None, kind="image/png"):
+    sync_api.expect(page.locator("#model-name")).to_have_text("tiny")
+    page.get_by_label("Prompt").fill("a red circle")
+    page.get_by_label("Application").select_option(application)
+    if file is not None:
+        page.locator("#input_reference").set_input_files({"name": "file", "mimeType": kind, "buffer": file})
+        page.locator("#painter").wait_for()
+
+
+def submitted(server, page):
+    """The job that the button makes, when its card shows it."""
+    count = page.locator(".card").count()
+    page.get_by_role("button", name="Make a clip").click()
+    sync_api.expect(page.locator(".card")).to_have_count(count + 1)
+    id = page.locator(".card").first.get_attribute("data-id")
+    page.locator(f'.card.is-completed[data-id="{id}"]').wait_for()
+    return server.service.store.get(id)
+
+
+def result(server, job, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(server.http.get(f"/v1/videos/{job.id}/content").content)
+    return read_video(tmp_path / "clip.mp4").frames
+
+
+def test_cinemagraph_with_a_painted_mask(server, open_page, engine, tmp_path):
+    page = open_page(server)
+    choose(page, "cinemagraph", STILL)
+    page.get_by_label("Brush").fill("25")
+    box = page.locator("#mask-canvas").bounding_box()
+    at = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])  # noqa: E731
+    page.mouse.move(*at(0.4, 0.5))
+    page.mouse.down()
+    page.mouse.move(*at(0.6, 0.5), steps=4)
+    page.mouse.up()
+    shoot(page, "cinemagraph")
+    page.get_by_label("Seed").fill("7")
+    job = submitted(server, page)
+    assert job.plan["application"] == "cinemagraph"
+    inputs = server.service.store.inputs(job)
+    mask = read_mask(inputs["mask"])
+    assert mask.shape == (32, 32) and mask[16, 12:20].all() and not mask[:10].any() and not mask[22:].any()
+    expected = engine.generate("a red circle", seed=7, **request_fields(image=inputs["image"], mask=inputs["mask"]))
+    expected.save(tmp_path / "expected.mp4")
+    assert (result(server, job, tmp_path) == read_video(tmp_path / "expected.mp4").frames).all()
+    assert (expected.frames[:, ~mask] == PIXELS[0][~mask]).all()
+
+
+def test_inpainting_a_clip_by_keyboard(server, open_page):
+    page = open_page(server)
+    choose(page, "inpainting", CLIP, "video/mp4")
+    sync_api.expect(page.locator("#length-field")).to_be_hidden()  # the clip's own counts
+    canvas = page.get_by_role("application", name="Mask: paint what should be made anew")
+    canvas.focus()
+    page.keyboard.down(" ")
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up(" ")
+    sync_api.expect(page.locator("#announce")).to_contain_text("% painted")
+    shoot(page, "inpainting")
+    painted = lambda: page.evaluate("() => painter.painted()")  # noqa: E731
+    one = painted()
+    assert 0 < one < 0.2
+    page.get_by_role("button", name="Invert").click()
+    assert abs(painted() - (1 - one)) < 0.02
+    page.get_by_role("button", name="Erase").click()
+    canvas.focus()
+    page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press(" ")
+    assert painted() < 1 - one
+    page.keyboard.press("Control+z")
+    page.get_by_role("button", name="Undo").click()  # the inversion
+    assert abs(painted() - one) < 0.01
+    job = submitted(server, page)
+    mask = read_mask(server.service.store.inputs(job)["mask"])
+    assert (job.plan["application"], job.plan["num_frames"]) == ("inpainting", 8)
+    assert mask[16, 17] and not mask[16, :12].any()
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Make a clip").click()
+    sync_api.expect(page.get_by_role("alert")).to_have_text("Paint what should be made anew first.")
+
+
+def test_style_loop_and_length(server, open_page):
+    page = open_page(server)
+    choose(page, "text")
+    page.get_by_label("Style").select_option("bold")
+    page.get_by_label("Strength").fill("0.5")
+    page.get_by_label("Loop").check()
+    page.locator("#num_frames").fill("12")
+    job = submitted(server, page)
+    assert {name: job.request[name] for name in ("style", "style_strength", "loop", "num_frames")} == {
+        "style": "bold", "style_strength": 0.5, "loop": True, "num_frames": 12,
+    }  # fmt: skip
+    sync_api.expect(page.locator(".card .facts")).to_contain_text("style bold")
+    page.reload()
+    page.get_by_role("button", name="Use again").click()
+    assert page.get_by_label("Style").input_value() == "bold" and page.get_by_label("Loop").is_checked()
+
+
+def test_keyframes_outpainting_and_video_to_video(server, open_page):
+    page = open_page(server)
+    choose(page, "keyframes")
+    for index, pixels in ((1, PIXELS[0]), (2, PIXELS[1])):
+        file = {"name": "a.png", "mimeType": "image/png", "buffer": png(pixels)}
+        page.get_by_label(f"Picture of given frame {index}").set_input_files(file)
+    page.get_by_label("Number of given frame 2").fill("5")
+    page.get_by_role("button", name="Add a frame").click()
+    shoot(page, "keyframes")
+    job = submitted(server, page)
+    assert job.inputs == ["keyframe_0", "keyframe_5"] and job.plan["application"] == "keyframes"
+    choose(page, "outpainting", STILL)
+    page.get_by_label("Left").fill("8")
+    shoot(page, "outpainting")
+    job = submitted(server, page)
+    assert job.request["expand"] == {"left": 8, "right": 16, "top": 0, "bottom": 0} and job.inputs == ["image"]
+    choose(page, "video", CLIP, "video/mp4")
+    page.get_by_label("Change").fill("0.3")
+    job = submitted(server, page)
+    assert (job.request["strength"], job.inputs) == (0.3, ["video"])
+
+
+def test_what_is_wrong_with_an_input_is_said(server, open_page):
+    page = open_page(server)
+    choose(page, "cinemagraph")
+    page.get_by_role("button", name="Make a clip").click()
+    sync_api.expect(page.get_by_role("alert")).to_have_text("Choose a file: picture.")
+    choose(page, "cinemagraph", STILL)
+    page.get_by_role("button", name="Invert").click()
+    page.get_by_role("button", name="Make a clip").click()
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("mask: is white all over")
+    shoot(page, "wrong")
+    page.get_by_label("Application").select_option("video")
+    page.locator("#input_reference").set_input_files({"name": "a.mp4", "mimeType": "video/mp4", "buffer": CLIP[:300]})
+    sync_api.expect(page.locator("#reference-note")).to_contain_text("cannot show")
+    page.get_by_role("button", name="Make a clip").click()
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("input_reference is damaged")
+    assert server.http.get("/v1/videos").json()["data"] == []
 
 
 def test_asks_for_the_key(serve, ring, open_page):

@@ -133,8 +133,9 @@ class Card {
   label(name, verb) { this.part(name).setAttribute("aria-label", `${verb}: ${short(this.video.prompt)}`); }
 
   facts() {
-    const { seconds, size, seed } = this.video;
-    return `${Number(seconds)} s · ${size.replace("x", " × ")} · seed ${seed}`;
+    const { seconds, size, seed, application, style } = this.video;
+    const kind = [application === "text to video" ? "" : application, style ? `style ${style}` : ""].filter(Boolean);
+    return `${kind.map((text) => `${text} · `).join("")}${Number(seconds)} s · ${size.replace("x", " × ")} · seed ${seed}`;
   }
 
   async showThumbnail() {
@@ -329,12 +330,15 @@ function fillForm() {
   const [width, height] = defaults.size.split("x");
   const set = (id, values) => Object.assign($(id), values);
   set("num_frames", { min: limits.num_frames.step, max: limits.num_frames.most, step: limits.num_frames.step, value: defaults.num_frames });
+  $("style-row").hidden = model.styles.length === 0;
+  $("style").replaceChildren(new Option("none", ""), ...model.styles.map((name) => new Option(name, name)));
   set("width", { placeholder: width, min: limits.size.step, max: limits.size.width, step: limits.size.step });
   set("height", { placeholder: height, min: limits.size.step, max: limits.size.height, step: limits.size.step });
   set("num_inference_steps", { placeholder: defaults.num_inference_steps });
   set("guidance_scale", { placeholder: defaults.guidance_scale });
   $("model-name").textContent = model.id;
   showLength();
+  showApplication();
 }
 
 function showLength() {
@@ -345,7 +349,15 @@ function showLength() {
 $("num_frames").addEventListener("input", showLength);
 
 function useAgain(video) {
+  $("application").value = { "text to video": "text", "image to video": "image", "video to video": "video", extension: "video" }[video.application] || video.application;
   $("prompt").value = video.prompt;
+  $("style").value = video.style || "";
+  $("style_strength").value = video.style_strength;
+  $("strength").value = video.strength;
+  $("loop").checked = video.loop;
+  $("fit").value = video.fit;
+  for (const edge of EDGES) $(`expand-${edge}`).value = (video.expand || {})[edge] || 0;
+  showApplication();
   $("seed").value = video.seed;
   $("num_frames").value = video.num_frames;
   [$("width").value, $("height").value] = video.size.split("x");
@@ -356,8 +368,160 @@ function useAgain(video) {
   showLength();
   $("prompt").focus();
   scrollTo({ top: 0, behavior: still.matches ? "auto" : "smooth" });
-  announce("The form holds the settings of that clip.");
+  announce(needs().inputs ? "The form holds the settings of that clip. Choose its files again." : "The form holds the settings of that clip.");
 }
+
+// ---- pictures, clips and masks ------------------------------------------------------------------------------------
+
+const PICTURES = "image/png,image/jpeg,image/webp";
+const EDGES = ["left", "right", "top", "bottom"];
+const APPLICATIONS = {
+  text: {},
+  image: { inputs: true, reference: "First frame (a picture)", accept: PICTURES },
+  keyframes: { inputs: true, keyframes: true },
+  cinemagraph: { inputs: true, reference: "Picture", accept: PICTURES, mask: "what should move" },
+  inpainting: { inputs: true, reference: "Clip", accept: "video/*,image/gif", mask: "what should be made anew" },
+  outpainting: { inputs: true, reference: "Picture or clip", accept: `${PICTURES},video/*,image/gif`, expand: true },
+  video: { inputs: true, reference: "Clip", accept: "video/*,image/gif", strength: true },
+};
+const needs = () => APPLICATIONS[$("application").value];
+let isClip = false; // what was chosen; a clip brings its own length
+
+const painter = new Painter({
+  box: $("canvas-box"), picture: $("picture"), mask: $("mask-canvas"), brush: $("brush"), say: (text) => announce(text),
+});
+
+function showApplication() {
+  const { inputs, reference, accept, mask, keyframes, expand, strength } = needs();
+  $("inputs").hidden = !inputs;
+  $("reference-field").hidden = !reference;
+  if (reference) { $("reference-label").textContent = reference; $("input_reference").accept = accept; }
+  $("keyframes-field").hidden = !keyframes;
+  if (keyframes && !$("keyframes").childElementCount) { addKeyframe(0); addKeyframe(model ? model.defaults.num_frames - 1 : 0); }
+  $("expand-field").hidden = !expand;
+  $("strength-field").hidden = !strength;
+  $("mask-canvas").setAttribute("aria-label", `Mask: paint ${mask || "here"}`);
+  showPicture();
+  showValues();
+}
+
+// The chosen picture, or the first frame of the chosen clip.
+async function showPicture() {
+  const file = $("input_reference").files[0];
+  const { reference, mask } = needs();
+  const note = (text) => { $("reference-note").textContent = text; };
+  note("");
+  $("painter").hidden = true;
+  isClip = false;
+  if (reference && file) {
+    const url = URL.createObjectURL(file);
+    try {
+      const [source, width, height] = await firstFrame(url, file.type);
+      if (file !== $("input_reference").files[0]) return;
+      painter.show(source, width, height);
+      $("painter").hidden = false;
+      note(`${width} × ${height}`);
+    } catch {
+      isClip = !file.type.startsWith("image/");
+      note("This browser cannot show it. The server may still read it" + (mask ? "; give the mask as a file." : "."));
+      painter.reset();
+      $("painter").hidden = !mask;
+    } finally { URL.revokeObjectURL(url); }
+  }
+  for (const id of ["mask-canvas", "brush-field", "tools", "painter-help"]) $(id).hidden = !mask || (id !== "painter-help" && !painter.size);
+  $("painter").classList.toggle("is-still", !mask);
+  $("canvas-box").hidden = !painter.size;
+  document.querySelector(".mask-file").hidden = !mask;
+  $("length-field").hidden = isClip;
+}
+
+async function firstFrame(url, type) {
+  if (type.startsWith("image/")) {
+    const image = new Image();
+    image.src = url;
+    await image.decode();
+    isClip = type === "image/gif";
+    return [image, image.naturalWidth, image.naturalHeight];
+  }
+  const clip = Object.assign(document.createElement("video"), { muted: true, preload: "auto", src: url });
+  await new Promise((done, failed) => { clip.onloadeddata = done; clip.onerror = failed; });
+  isClip = true;
+  if (!clip.videoWidth) throw new Error("no picture");
+  return [clip, clip.videoWidth, clip.videoHeight];
+}
+
+function addKeyframe(frame) {
+  const node = $("keyframe").content.firstElementChild.cloneNode(true);
+  const [number, file] = node.querySelectorAll("input");
+  number.value = frame;
+  node.querySelector(".remove-frame").addEventListener("click", () => {
+    node.remove();
+    nameKeyframes();
+    $("add-keyframe").focus();
+  });
+  $("keyframes").append(node);
+  nameKeyframes();
+  return file;
+}
+
+function nameKeyframes() {
+  [...$("keyframes").children].forEach((node, index) => {
+    const [number, file] = node.querySelectorAll("input");
+    number.setAttribute("aria-label", `Number of given frame ${index + 1}`);
+    file.setAttribute("aria-label", `Picture of given frame ${index + 1}`);
+    node.querySelector(".remove-frame").setAttribute("aria-label", `Remove given frame ${index + 1}`);
+  });
+}
+
+// Appends what the application needs; returns the message and the control where something is missing.
+async function addInputs(form) {
+  const { reference, mask, keyframes, expand, strength } = needs();
+  if (reference) {
+    const file = $("input_reference").files[0];
+    if (!file) return [`Choose a file: ${reference.toLowerCase()}.`, "input_reference"];
+    form.append("input_reference", file);
+    form.append("fit", $("fit").value);
+  }
+  if (mask) {
+    const file = $("mask-file").files[0];
+    if (!file && (!painter.size || painter.painted() === 0)) return [`Paint ${mask} first.`, painter.size ? "mask-canvas" : "input_reference"];
+    form.append("mask", file || await painter.png(), "mask");
+  }
+  if (keyframes) {
+    const rows = [...$("keyframes").children].map((node) => node.querySelectorAll("input"));
+    const full = rows.filter(([, file]) => file.files[0]);
+    if (!full.length) return ["Choose a picture for at least one frame.", "add-keyframe"];
+    for (const [number, file] of full) form.append(`keyframes[${number.value || 0}]`, file.files[0]);
+    form.append("fit", $("fit").value);
+  }
+  if (expand) form.append("expand", EDGES.map((edge) => `${edge}=${$(`expand-${edge}`).value || 0}`).join(","));
+  if (strength) form.append("strength", $("strength").value);
+  return null;
+}
+
+function showValues() {
+  const percent = (id) => `${Math.round(100 * $(id).value)} %`;
+  $("strength-value").textContent = percent("strength");
+  $("style-value").textContent = percent("style_strength");
+  $("style-strength-field").hidden = !$("style").value;
+  painter.part = $("brush-size").value / 100;
+  $("brush-value").textContent = `${$("brush-size").value} %`;
+}
+
+$("application").addEventListener("change", showApplication);
+$("input_reference").addEventListener("change", showPicture);
+$("add-keyframe").addEventListener("click", () => addKeyframe(0).focus());
+for (const id of ["strength", "style_strength", "style", "brush-size"]) $(id).addEventListener("input", showValues);
+for (const id of ["paint", "erase"]) {
+  $(id).addEventListener("click", () => {
+    painter.erases = id === "erase";
+    $("paint").setAttribute("aria-pressed", String(!painter.erases));
+    $("erase").setAttribute("aria-pressed", String(painter.erases));
+  });
+}
+$("undo").addEventListener("click", () => painter.undo());
+$("invert").addEventListener("click", () => painter.whole("invert"));
+$("clear").addEventListener("click", () => painter.whole("clear"));
 
 function showError(text) {
   $("form-error").textContent = text;
@@ -371,14 +535,17 @@ $("form").addEventListener("submit", async (event) => {
   const form = new FormData();
   const value = (id) => $(id).value.trim();
   if (!value("prompt")) { showError("Write a prompt first."); $("prompt").focus(); return; }
-  for (const name of ["prompt", "num_frames", "seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt"]) {
+  const missing = await addInputs(form);
+  if (missing) { showError(missing[0]); $(missing[1]).focus(); return; }
+  if (!$("length-field").hidden) form.append("num_frames", value("num_frames"));
+  for (const name of ["prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt"]) {
     if (value(name)) form.append(name, value(name));
   }
   if (value("width") || value("height")) {
     form.append("size", `${value("width") || $("width").placeholder}x${value("height") || $("height").placeholder}`);
   }
-  const file = $("input_reference").files[0];
-  if (file) form.append("input_reference", file);
+  if ($("style").value) { form.append("style", $("style").value); form.append("style_strength", $("style_strength").value); }
+  if ($("loop").checked) form.append("loop", "true");
   $("submit").disabled = true;
   try {
     const card = place(await json("/v1/videos", { method: "POST", body: form }), true);

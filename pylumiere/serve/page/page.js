@@ -376,13 +376,13 @@ function useAgain(video) {
 const PICTURES = "image/png,image/jpeg,image/webp";
 const EDGES = ["left", "right", "top", "bottom"];
 const APPLICATIONS = {
-  text: {},
-  image: { inputs: true, reference: "First frame (a picture)", accept: PICTURES },
-  keyframes: { inputs: true, keyframes: true },
-  cinemagraph: { inputs: true, reference: "Picture", accept: PICTURES, mask: "what should move" },
-  inpainting: { inputs: true, reference: "Clip", accept: "video/*,image/gif", mask: "what should be made anew" },
-  outpainting: { inputs: true, reference: "Picture or clip", accept: `${PICTURES},video/*,image/gif`, expand: true },
-  video: { inputs: true, reference: "Clip", accept: "video/*,image/gif", strength: true },
+  text: { note: "" },
+  image: { note: "The clip begins with a picture.", inputs: true, reference: "First frame (a picture)", accept: PICTURES },
+  keyframes: { note: "The clip passes through given frames.", inputs: true, keyframes: true },
+  cinemagraph: { note: "A part of a picture moves; the rest stands still.", inputs: true, reference: "Picture", accept: PICTURES, mask: "what should move" },
+  inpainting: { note: "A part of a clip is made anew; the rest stays as it is.", inputs: true, reference: "Clip", accept: "video/*,image/gif", mask: "what should be made anew" },
+  outpainting: { note: "A picture or clip is shown smaller, and what lies beside it is made.", inputs: true, reference: "Picture or clip", accept: `${PICTURES},video/*,image/gif`, expand: true },
+  video: { note: "A clip is made again, after the prompt.", inputs: true, reference: "Clip", accept: "video/*,image/gif", strength: true },
 };
 const needs = () => APPLICATIONS[$("application").value];
 let isClip = false; // what was chosen; a clip brings its own length
@@ -392,7 +392,8 @@ const painter = new Painter({
 });
 
 function showApplication() {
-  const { inputs, reference, accept, mask, keyframes, expand, strength } = needs();
+  const { note, inputs, reference, accept, mask, keyframes, expand, strength } = needs();
+  $("application-note").textContent = note;
   $("inputs").hidden = !inputs;
   $("reference-field").hidden = !reference;
   if (reference) { $("reference-label").textContent = reference; $("input_reference").accept = accept; }

@@ -1,6 +1,23 @@
 "use strict";
 // A mask over a picture: painted by mouse, finger, pen or keyboard; undone stroke by stroke.
 
+// Stands out from every picture.
+function stripes(canvas) {
+  const side = Math.max(4, 4 * Math.round(canvas.width / 96));
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = side;
+  const context = tile.getContext("2d");
+  context.fillStyle = "#ff2d7e";
+  context.fillRect(0, 0, side, side);
+  context.fillStyle = "#fff";
+  for (const x of [-side, 0, side]) {
+    context.beginPath();
+    [[x, side], [x + side, 0], [x + 1.5 * side, 0], [x + side / 2, side]].forEach(([a, b]) => context.lineTo(a, b));
+    context.fill();
+  }
+  return canvas.getContext("2d").createPattern(tile, "repeat");
+}
+
 class Painter {
   static SIDE = 1024; // most pixels a side while painting; the mask leaves in the picture's own size
   static UNDO = 200; // strokes that can be undone
@@ -38,6 +55,7 @@ class Painter {
       canvas.height = Math.max(1, Math.round(height * scale));
     }
     this.picture.getContext("2d").drawImage(source, 0, 0, this.picture.width, this.picture.height);
+    this.stripes = stripes(this.mask);
     this.at = [this.mask.width / 2, this.mask.height / 2];
   }
 
@@ -49,7 +67,7 @@ class Painter {
     const context = this.mask.getContext("2d");
     const { width, height } = this.mask;
     context.globalCompositeOperation = { paint: "source-over", erase: "destination-out", clear: "destination-out", invert: "source-out" }[stroke.kind];
-    context.fillStyle = context.strokeStyle = "#ff2d7e";
+    context.fillStyle = context.strokeStyle = this.stripes;
     if (stroke.kind === "clear" || stroke.kind === "invert") { context.fillRect(0, 0, width, height); return; }
     context.lineCap = context.lineJoin = "round";
     context.lineWidth = stroke.diameter;

@@ -6,6 +6,8 @@ works on together with all others. See docs/engine.md for threads, batching, bud
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import platform
 import threading
@@ -42,6 +44,7 @@ from pylumiere.video import Video
 from pylumiere.windows import memory_bytes
 
 if TYPE_CHECKING:
+    from pylumiere.backends.torch import TorchBackend
     from pylumiere.checkpoint import Checkpoint
     from pylumiere.loading import BundleModel
 
@@ -342,6 +345,30 @@ class Engine:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    # ---- for this package (serve/spread.py) --------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> TorchBackend:
+        """What makes the networks' calls."""
+        return self._pipeline.backend
+
+    def delegate_calls(self, wrap: Callable[[TorchBackend, int], Any], further: int) -> Any:
+        """Lets `wrap(backend, lanes)` make the networks' calls, up to `further` more than `lanes` at once. Before the
+        first request, while nothing has been taken from the pipeline. Returns what `wrap` gave."""
+        backend = wrap(self.backend, self._lanes)
+        object.__setattr__(self._pipeline, "backend", backend)  # frozen for everyone else
+        self._scheduler.add_lanes(further)
+        return backend
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the configuration and of every weight as it is held."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for stage, network in sorted(getattr(self._backend, "_networks", {}).items()):
+            for name, tensor in sorted(network.state_dict().items()):
+                digest.update(f"{stage}.{name}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

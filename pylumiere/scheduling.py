@@ -233,6 +233,10 @@ class Scheduler:
         self.budget.fixed["graphs"] = max(int(max(size for size, _, _ in graphs)), self.budget.fixed.get("graphs", 0))
         self.budget.check()
 
+    def add_lanes(self, count: int) -> None:
+        """More parts at once; before the first call."""
+        self._lanes.count += count
+
     def metrics(self) -> dict[str, Any]:
         """A snapshot, as JSON values."""
         with self.lock:

@@ -26,19 +26,20 @@ from ray.exceptions import RayError
 from pylumiere.bundle import is_bundle, open_bundle
 from pylumiere.checkpoint import find_model, read_config
 from pylumiere.engine import Chunk, Engine
-from pylumiere.errors import BudgetExceeded, Cancelled, InvalidRequest
+from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import spread
 from pylumiere.serve.app import Limits, Service, create_app
-from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost
+from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost, check_style
 from pylumiere.serve.keys import KeyRing, read_keys
 from pylumiere.serve.store import Store
+from pylumiere.styles import style_names
 
 WINDOW_SECONDS = 600.0
 
 logger = logging.getLogger("pylumiere")
 
-_REFUSALS = {"InvalidRequest": InvalidRequest, "BudgetExceeded": BudgetExceeded}
+_REFUSALS = {kind.__name__: kind for kind in (InvalidRequest, BudgetExceeded, DeadlineExceeded)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class RayOptions:
         replicas: most engine replicas; one is always there.
         clips_per_replica: in one engine at once.
         num_cpus, num_gpus: that Ray reserves for a replica.
+        key: PEM file of a public key; only a bundle that it signed is served.
+        deadline: seconds for a clip that asks for none.
         threads: of torch in a replica; the same everywhere, or results differ in their last bits.
         windows: further replicas that compute windows of the super-resolution stage for the engines (`spread.py`).
     """
@@ -57,6 +60,7 @@ class RayOptions:
     model: str = "demo"
     data: str = "pylumiere-data"
     api_keys: str | None = None
+    key: str | None = None
     replicas: int = 2
     min_replicas: int = 1
     clips_per_replica: int = 2
@@ -64,6 +68,7 @@ class RayOptions:
     num_gpus: float = 0.0
     threads: int = 1
     windows: int = 0
+    deadline: float | None = None
     memory_budget: str | None = None
     backend: str = "auto"
     device: str = "auto"
@@ -76,7 +81,7 @@ class RayOptions:
             allowed = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"unknown argument {sorted(unknown)[0]!r}; allowed: {allowed}")
         kinds = {"replicas": int, "min_replicas": int, "clips_per_replica": int, "threads": int, "windows": int,
-                 "num_cpus": float, "num_gpus": float}  # fmt: skip
+                 "num_cpus": float, "num_gpus": float, "deadline": float}  # fmt: skip
         try:
             return cls(**{name: kinds.get(name, lambda v: v)(value) for name, value in arguments.items()})
         except ValueError as error:
@@ -89,7 +94,7 @@ def _load(options: RayOptions, **more: Any) -> Engine:
     torch.set_num_threads(options.threads)
     return Engine.load(
         options.model, backend=options.backend, device=options.device, precision=options.precision,
-        memory_budget=options.memory_budget, **more,
+        memory_budget=options.memory_budget, trusted_key=options.key, **more,
     )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ class EngineReplica:
 
         self._spread = spread.spread(self._engine, place, options.windows)
 
-    async def generate(self, fields: dict[str, Any]) -> AsyncIterator[tuple]:
+    async def generate(self, fields: dict[str, Any], timeout: float | None = None) -> AsyncIterator[tuple]:
         """("progress", fields), ("frames", start, pixels), then ("done", metadata) or ("refused", kind, text).
 
         A caller that leaves cancels the clip at the next message.
@@ -148,7 +153,8 @@ class EngineReplica:
             request = GenerationRequest(
                 **fields, callback_on_step_end=lambda progress: put(("progress", vars(progress)))
             )
-            job = self._engine.submit(request, buffer_frames=BUFFER_FRAMES)
+            check_style(request, self._engine.styles())
+            job = self._engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout)
         except tuple(_REFUSALS.values()) as error:
             yield ("refused", type(error).__name__, str(error))
             return
@@ -180,9 +186,13 @@ class RayWorker:
     def check(self, request: GenerationRequest) -> None:
         """The front checks requests against the model; a replica's memory is known to the replica."""
 
-    def start(self, request: GenerationRequest, on_progress: Callable[[Progress], None]) -> Work:
+    def start(
+        self, request: GenerationRequest, on_progress: Callable[[Progress], None], timeout: float | None
+    ) -> Work:
         fields = {name: getattr(request, name) for name in request.model_fields_set}
-        return _RayWork(self._handle.generate.remote(fields), on_progress)
+        # Their read-only views cannot travel.
+        fields |= {name: dict(fields[name]) for name in ("keyframes", "expand") if fields.get(name) is not None}
+        return _RayWork(self._handle.generate.remote(fields, timeout), on_progress)
 
 
 class _RayWork:
@@ -226,10 +236,11 @@ def make_service(options: RayOptions, handle) -> Service:
     """The front's service: the store, and replicas for a worker."""
     keys = None if options.api_keys is None else KeyRing(read_keys(options.api_keys))
     model = find_model(options.model)
-    config = open_bundle(model).config if is_bundle(model) else read_config(model)
+    config = open_bundle(model, options.key).config if is_bundle(model) else read_config(model)
     service = Service(
-        config, Store(Path(options.data)), keys, Limits(), options.replicas * options.clips_per_replica, (config.name,)
-    )
+        config, Store(Path(options.data)), keys, Limits(deadline=options.deadline),
+        options.replicas * options.clips_per_replica, (config.name,), tuple(style_names(Path(model))),
+    )  # fmt: skip
     service.start(RayWorker(handle))
     return service
 

@@ -44,7 +44,7 @@ def facts(engine: Engine) -> dict[str, Any]:
         "versions": info["versions"], "backend": info["backend"], "precision": info["precision"],
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "threads": info["num_threads"],
-        "reproducible": info["reproducible"], "model": info["model"], "weights": _weights_digest(engine),
+        "reproducible": info["reproducible"], "model": info["model"], "weights": engine.weights_digest(),
     }  # fmt: skip
 
 
@@ -52,19 +52,10 @@ def fingerprint(engine: Engine) -> str:
     return hashlib.sha256(json.dumps(facts(engine), sort_keys=True).encode()).hexdigest()
 
 
-def _weights_digest(engine: Engine) -> str:
-    digest = hashlib.sha256(json.dumps(engine.config.to_dict(), sort_keys=True).encode())
-    for stage, network in sorted(getattr(engine._backend, "_networks", {}).items()):
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{stage}.{name}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def answer(engine: Engine, stage: str, arrays: Arrays, num_threads: int) -> np.ndarray:
     """One network call, where it was sent to."""
     tensors = [None if array is None else torch.from_numpy(np.array(array)) for array in arrays]
-    return engine._backend.predict(stage, *tensors, num_threads=num_threads).numpy()
+    return engine.backend.predict(stage, *tensors, num_threads=num_threads).numpy()
 
 
 def spread(engine: Engine, place: Place, count: int) -> SpreadBackend:
@@ -77,11 +68,8 @@ def spread(engine: Engine, place: Place, count: int) -> SpreadBackend:
     """
     if not engine.reproducible or not engine.info()["device"].startswith("cpu"):
         raise InvalidRequest("windows are spread by engines on a CPU with reproducible=True only")
-    backend = SpreadBackend(engine._backend, place, fingerprint(engine), own=engine._scheduler._lanes.count)
-    # The pipeline is frozen for its users; this is before the first of them.
-    object.__setattr__(engine._pipeline, "backend", backend)
-    engine._scheduler._lanes.count += count
-    return backend
+    mark = fingerprint(engine)
+    return engine.delegate_calls(lambda backend, lanes: SpreadBackend(backend, place, mark, own=lanes), count)
 
 
 class SpreadBackend:

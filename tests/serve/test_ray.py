@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,11 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 
 from pylumiere.errors import InvalidRequest  # noqa: E402
+from pylumiere.inputs import request_fields  # noqa: E402
 
 from .conftest import wait_until  # noqa: E402
+from .test_applications import CLIP, MASK, OTHER, STILL  # noqa: E402
+from .test_applications import url as data_url  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PORT = 18_734
@@ -34,6 +38,19 @@ def url(model, tmp_path_factory):
     yield f"http://127.0.0.1:{PORT}"
     serve.shutdown()
     ray.shutdown()
+
+
+def replicas(application="pylumiere"):
+    """Process ids of the engine replicas; a replica names its process."""
+    name = f"ray::ServeReplica:{application}:engine"
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if file.read_bytes().decode(errors="replace").startswith(name):
+                found.add(int(file.parent.name))
+        except OSError:  # it has just ended
+            pass
+    return found
 
 
 def fingerprints():
@@ -64,18 +81,40 @@ def test_replicas_agree(url):
     assert own[0] == own[1] and own[0]["threads"] == 1
 
 
+def test_applications_and_deadlines_over_ray(url, engine, tmp_path):
+    """Pictures, clips and masks travel to the replica; a clip that takes too long fails there."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+    expand = {"left": 8}
+    for fields, given, same in [
+        ({"input_reference": ("x", CLIP), "extra_body": {"mask": data_url(MASK)}}, {"video": CLIP, "mask": MASK}, {}),
+        ({"extra_body": {"keyframes": {"5": data_url(OTHER)}}}, {"keyframes": {5: OTHER}}, {}),
+        ({"input_reference": ("x", STILL), "extra_body": {"expand": expand}}, {"image": STILL}, {"expand": expand}),
+        ({"extra_body": {"style": "bold"}}, {}, {"style": "bold"}),
+    ]:
+        fields["extra_body"]["seed"] = 7
+        video = client.videos.create_and_poll(prompt="a", **fields)
+        assert video.status == "completed", video.error
+        engine.generate("a", seed=7, **request_fields(**given), **same).save(tmp_path / "expected.mp4")
+        assert client.videos.download_content(video.id).read() == (tmp_path / "expected.mp4").read_bytes()
+    with pytest.raises(openai.BadRequestError, match="this model has bold"):
+        client.videos.create(prompt="a", extra_body={"style": "/etc/passwd"})
+    late = client.videos.create_and_poll(prompt="a", extra_body={"num_inference_steps": 1000, "timeout": 1})
+    assert (late.status, late.error.code) == ("failed", "deadline_exceeded")
+
+
 def test_clips_survive_the_death_of_a_replica(url, engine, tmp_path):
-    victim = next(iter(fingerprints()))  # asked while they are idle; a busy replica would not answer
+    victim = min(replicas())
     with httpx.Client(base_url=url, timeout=30) as http:
-        steps = {"num_inference_steps": 300}
+        steps = {"num_inference_steps": 600}
         ids = {
-            seed: http.post("/v1/videos", json={"prompt": "a", "seed": seed, **steps}).json()["id"] for seed in range(6)
+            seed: http.post("/v1/videos", json={"prompt": "a", "seed": seed, **steps}).json()["id"] for seed in range(5)
         }
         status = lambda id: http.get(f"/v1/videos/{id}").json()  # noqa: E731
-        wait_until(lambda: sum(status(id)["progress"] > 0 for id in ids.values()) >= 3, 60)
+        # Four run at once and a replica takes two: each of the two replicas has some.
+        wait_until(lambda: sum(0 < status(id)["progress"] < 90 for id in ids.values()) == 4, 60)
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: all(status(id)["status"] in ("completed", "failed") for id in ids.values()), 150)
-        assert [status(id)["status"] for id in ids.values()] == ["completed"] * 6
+        assert [status(id)["status"] for id in ids.values()] == ["completed"] * 5
         lost = [line for line in http.get("/metrics").text.splitlines() if 'outcome="worker_lost"' in line]
         assert lost and float(lost[0].split()[-1]) >= 1  # a clip was running on the replica that died
         for seed, id in ids.items():
@@ -97,7 +136,26 @@ def test_cancel_reaches_the_replica(url):
         assert time.monotonic() - begun < 15
 
 
-def test_windows_of_one_clip_are_spread(model, engine, tmp_path):
+def test_a_long_queue_brings_a_replica(url, model, tmp_path):
+    """In an application of its own, which begins with one engine and may have two."""
+    from pylumiere.serve.ray_app import build
+
+    arguments = {"model": str(model), "data": str(tmp_path / "data"), "replicas": "2", "clips_per_replica": "1",
+                 "num_cpus": "0.2", "precision": "fp32"}  # fmt: skip
+    serve.run(build(arguments), name="growing", route_prefix="/growing")
+    try:
+        assert len(replicas("growing")) == 1
+        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}/growing", timeout=30) as http:
+            slow = {"prompt": "a", "num_inference_steps": 1000}
+            ids = [http.post("/v1/videos", json=slow).json()["id"] for _ in range(6)]
+            wait_until(lambda: len(replicas("growing")) == 2, 90)
+            for id in ids:
+                http.delete(f"/v1/videos/{id}")
+    finally:
+        serve.delete("growing")
+
+
+def test_windows_of_one_clip_are_spread(url, model, engine, tmp_path):
     """In an application of its own: one engine, two further replicas for its windows, one of which dies."""
     from pylumiere.serve.ray_app import build
 

@@ -151,6 +151,23 @@ def test_options_that_do_not_fit(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1, arguments
 
 
+def test_only_the_signer_s_bundle_is_served(tmp_path, capsys):
+    """The sample is signed, and its graphs are random bytes: whoever trusts the signer comes as far as those."""
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    pytest.importorskip("cryptography", reason="the export extra is not installed")
+    from pylumiere.bundle import make_key_pair
+    from pylumiere.fuzzing import write_sample
+
+    bundle, key = write_sample(tmp_path)
+    make_key_pair(tmp_path / "other.pem", tmp_path / "other.pub.pem")
+    arguments = ["serve", "--model", str(bundle), "--port", "0", "--data", str(tmp_path / "d"), "--device", "cpu"]
+    said = []
+    for trusted in (tmp_path / "other.pub.pem", key):
+        assert main([*arguments, "--key", str(trusted)]) == 2
+        said.append(capsys.readouterr().err)
+    assert "signature" in said[0] and "signature" not in said[1], said
+
+
 def _some_keys(folder):
     append_key(folder / "some", make_key("a")[1])
     return folder / "some"

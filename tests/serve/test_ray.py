@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# A busy machine starts and answers slowly. Read when Ray Serve is imported.
+for _check in ("READY", "HEALTH"):
+    os.environ.setdefault(f"RAY_SERVE_PROXY_{_check}_CHECK_TIMEOUT_S", "60")
+
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 serve = pytest.importorskip("ray.serve", reason="the ray extra is not installed")
 
@@ -105,7 +109,7 @@ def test_applications_and_deadlines_over_ray(url, engine, tmp_path):
 def test_clips_survive_the_death_of_a_replica(url, engine, tmp_path):
     victim = min(replicas())
     with httpx.Client(base_url=url, timeout=30) as http:
-        steps = {"num_inference_steps": 600}
+        steps = {"num_inference_steps": 400}
         ids = {
             seed: http.post("/v1/videos", json={"prompt": "a", "seed": seed, **steps}).json()["id"] for seed in range(5)
         }
@@ -113,8 +117,11 @@ def test_clips_survive_the_death_of_a_replica(url, engine, tmp_path):
         # Four run at once and a replica takes two: each of the two replicas has some.
         wait_until(lambda: sum(0 < status(id)["progress"] < 90 for id in ids.values()) == 4, 60)
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: all(status(id)["status"] in ("completed", "failed") for id in ids.values()), 150)
-        assert [status(id)["status"] for id in ids.values()] == ["completed"] * 5
+        end = time.monotonic() + 300  # a busy machine starts a replica slowly
+        while any(status(id)["status"] in ("queued", "in_progress") for id in ids.values()) and time.monotonic() < end:
+            time.sleep(0.2)
+        found = [(one["status"], one["progress"], one["error"]) for one in map(status, ids.values())]
+        assert [one[0] for one in found] == ["completed"] * 5, found
         lost = [line for line in http.get("/metrics").text.splitlines() if 'outcome="worker_lost"' in line]
         assert lost and float(lost[0].split()[-1]) >= 1  # a clip was running on the replica that died
         for seed, id in ids.items():

@@ -2,7 +2,8 @@
 
     DIR/jobs.sqlite3        the records; WAL, every commit synced
     DIR/lock                held by the one process that uses the folder
-    DIR/inputs/ID/NAME      a request's pictures, clips and masks as they came, after they were decoded once
+    DIR/inputs/ID/NAME      a request's pictures, clips and masks as they came, after they were decoded once; until the
+                            job fails or goes
     DIR/work/ID/            a result while it is written
     DIR/videos/ID/          a whole result: made in work/, synced, then renamed
 
@@ -283,6 +284,9 @@ class Store:
                 "UPDATE jobs SET status='queued', started_at=NULL, attempts=attempts-? WHERE id=? AND "
                 "status='in_progress'", (0 if is_attempt else 1, id),
             )  # fmt: skip
+            has_failed = self._one("id=? AND status='failed'", id) is not None
+        if has_failed:
+            self._drop_inputs(id)
 
     def _give_up(self, db: sqlite3.Connection, where: str, *values: Any) -> None:
         db.execute(
@@ -303,6 +307,8 @@ class Store:
                 "UPDATE jobs SET status='failed', ended_at=?, error_code='deadline_exceeded', error_message=? "
                 "WHERE id=?", [(now, text, id) for text, (id, _) in zip(texts, late, strict=True)],
             )  # fmt: skip
+        for id, _ in late:
+            self._drop_inputs(id)
         return [id for id, _ in late]
 
     def next_deadline(self) -> float | None:
@@ -317,7 +323,9 @@ class Store:
                 "UPDATE jobs SET status='failed', ended_at=?, error_code=?, error_message=? WHERE id=? AND "
                 "status IN ('queued', 'in_progress')", (time.time(), code, message, id),
             )  # fmt: skip
-            return done.rowcount == 1
+        if done.rowcount == 1:
+            self._drop_inputs(id)
+        return done.rowcount == 1
 
     def delete(self, id: str, owner: str) -> Job | None:
         """Removes a job and its files; files that are being read go when they have been. None if there is no job."""
@@ -358,6 +366,10 @@ class Store:
             self._write(folder / name, data)
         _sync(folder)
         _sync(folder.parent)
+
+    def _drop_inputs(self, id: str) -> None:
+        """Of a job that failed; nothing will read them."""
+        shutil.rmtree(self._inputs(id), ignore_errors=True)
 
     def inputs(self, job: Job) -> dict[str, bytes]:
         """The files that came with a request.
@@ -426,7 +438,7 @@ class Store:
             if self._readers.get(id):
                 self._doomed.add(id)
                 return
-        shutil.rmtree(self._inputs(id), ignore_errors=True)
+        self._drop_inputs(id)
         shutil.rmtree(self.folder / "videos" / id, ignore_errors=True)
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -456,13 +468,13 @@ class Store:
             done["failed"] = db.total_changes - before
             db.execute("UPDATE jobs SET status='queued', started_at=NULL WHERE status='in_progress'")
             done["requeued"] = db.total_changes - before - done["failed"]
-            known = {id for (id,) in db.execute("SELECT id FROM jobs")}
+            useful = {id for (id,) in db.execute("SELECT id FROM jobs WHERE status!='failed'")}
             completed = {id for (id,) in db.execute("SELECT id FROM jobs WHERE status='completed'")}
         for folder in (self.folder / "videos").iterdir():
             if folder.name not in completed:
                 shutil.rmtree(folder, ignore_errors=True)
         for folder in (self.folder / "inputs").iterdir():
-            if folder.name not in known:
+            if folder.name not in useful:
                 shutil.rmtree(folder, ignore_errors=True)
         return dict(done)
 

@@ -1,11 +1,14 @@
-"""Kills a server again and again while clients send jobs; then counts what became of every job that was accepted.
+"""Kills a server again and again while clients send jobs, half of them with pictures; then counts what became of every
+job that was accepted.
 
 As a command, with the demo model: python -P tests/serve/chaos.py --kills 20 --json row.jsonl
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import random
 import tempfile
 import threading
@@ -13,6 +16,23 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
+from PIL import Image
+
+
+def _picture() -> dict:
+    """A cinemagraph's picture and mask."""
+    urls = []
+    for shape in ((32, 32, 3), (32, 32)):
+        pixels = np.zeros(shape, np.uint8)
+        pixels[8:24, 8:24] = 255
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        urls.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    return {"input_reference": {"image_url": urls[0]}, "mask": urls[1]}
+
+
+PICTURE = _picture()
 
 
 def run_chaos(server, *, kills: int, clients: int, seconds_between: float, fields=None, patience=120.0) -> dict:
@@ -27,6 +47,8 @@ def run_chaos(server, *, kills: int, clients: int, seconds_between: float, field
         while not stop.is_set():
             prompt = f"a {draw.choice(['red', 'blue'])} circle"
             request = {"prompt": prompt, "seed": draw.randrange(4), **(fields or {})}
+            if draw.random() < 0.5:
+                request |= PICTURE
             try:
                 with httpx.Client(base_url=address["url"], timeout=10) as http:
                     answer = http.post("/v1/videos", json=request)

@@ -16,11 +16,13 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-PATHS = [*3 * ["/v1/videos"], "/v1/videos/edits", "/v1/videos/video_{hex}", "/v1/videos/{junk}/remix",
+CREATE = ["/v1/videos", "/v1/videos/edits", "/v1/videos/extensions"]
+PATHS = [*CREATE, "/v1/videos", "/v1/videos", "/v1/videos/video_{hex}", "/v1/videos/{junk}/remix",
          "/v1/videos/video_{hex}/content?variant={junk}", "/v1/videos?limit=x{junk}", "/v1/videos/{junk}/events",
          "/v1/models/{junk}", "/v1/{junk}"]  # fmt: skip
 FIELDS = ["prompt", "seconds", "size", "seed", "num_frames", "fps", "sampler", "model", "input_reference",
-          "guidance_scale", "num_inference_steps", "negative_prompt", "window_overlap", "junk"]  # fmt: skip
+          "guidance_scale", "num_inference_steps", "negative_prompt", "window_overlap", "junk", "video", "mask",
+          "keyframes", "expand", "fit", "strength", "style", "style_strength", "loop", "timeout"]  # fmt: skip
 
 
 def run_malformed(url: str, *, count: int, seed: int, memory_of: int | None = None) -> dict:
@@ -52,7 +54,8 @@ def _value(draw: random.Random):
     return draw.choice([
         None, True, [], {}, -1, 0, 10**30, 1.5, "", "1e999", _junk(draw), "../../etc/passwd", "x" * 30_000, [[[[]]]],
         {"image_url": "file:///etc/passwd"}, {"image_url": "data:image/png;base64," + "A" * draw.randrange(200)},
-        {"image_url": 7}, {"file_id": "../x"},
+        {"image_url": 7}, {"file_id": "../x"}, {"id": "../x"}, "data:video/mp4;base64,AAAA", {"0": "../x"},
+        {"../x": "data:image/png;base64,AAAA"}, {"left": -1}, {"left": 10**30}, "left=1,top=",
     ])  # fmt: skip
 
 
@@ -75,7 +78,8 @@ def _json(draw: random.Random) -> bytes:
 def _form(draw: random.Random) -> bytes:
     parts = []
     for _ in range(draw.randrange(1, 5)):
-        name = draw.choice([*FIELDS, "input_reference[image_url]", "input_reference[", "a[b][c]", _junk(draw, 9)])
+        name = draw.choice([*FIELDS, "input_reference[image_url]", "input_reference[", "a[b][c]", "keyframes[0]",
+                            "keyframes[../x]", "video[id]", "expand[left]", _junk(draw, 9)])
         file = draw.choice(["", '; filename="../../x.png"', "; filename*=utf-16''%ff"])
         head = f'Content-Disposition: form-data; name="{name}"{file}\r\n'
         data = draw.randbytes(draw.randrange(300))
@@ -88,7 +92,7 @@ def _request(draw: random.Random, host: str) -> bytes:
     """A request that is wrong in at least one way; its length is stated truly, so that an answer is due."""
     path = draw.choice(PATHS).format(hex=f"{draw.getrandbits(128):032x}", junk="".join(
         f"%{byte:02x}" for byte in draw.randbytes(draw.randrange(1, 12))))  # fmt: skip
-    methods = ["POST"] if path in ("/v1/videos", "/v1/videos/edits") else ["GET", "POST", "DELETE", "PATCH", "XX"]
+    methods = ["POST"] if path in CREATE else ["GET", "POST", "DELETE", "PATCH", "XX"]
     method = draw.choice(methods)
     body, kind = draw.choice([
         (_json(draw), "application/json"), (_form(draw), "multipart/form-data; boundary=x"),

@@ -158,6 +158,20 @@ def test_inputs_without_a_record_go(store):
     again.close()
 
 
+def test_inputs_of_what_failed_go(store):
+    jobs = [store.add("alice", "tiny", {}, PLAN, inputs={"mask": b"png"}, timeout=t, **LIMITS) for t in (None, 0.01)]
+    store.fail(jobs[0].id, "server_error", "x")
+    time.sleep(0.02)
+    store.expire()
+    assert not list((store.folder / "inputs").iterdir()) and store.get(jobs[0].id).status == "failed"
+    worn = store.add("alice", "tiny", {}, PLAN, inputs={"mask": b"png"}, **LIMITS)
+    for _ in range(MAX_ATTEMPTS):
+        assert store.inputs(worn) == {"mask": b"png"}
+        store.claim()
+        store.requeue(worn.id, is_attempt=True)
+    assert store.get(worn.id).status == "failed" and not list((store.folder / "inputs").iterdir())
+
+
 def test_what_waits_too_long_fails(store):
     late = store.add("alice", "tiny", {}, PLAN, timeout=0.01, **LIMITS)
     add(store)

@@ -7,6 +7,8 @@ requests and steps stand beside each other.
 Lanes are threads that compute parts of a call. On a CPU every row is a part of its own: two rows on two cores are
 computed 1.3 to 2 times as fast side by side, one thread each, as one after the other with two threads each (demo
 networks, Zen 5). It also means that every network call has one row, whatever the row was batched with.
+
+On a GPU a call is one part. States, the step and the network's result stay on the device (`device_sampler.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pylumiere.config import STUNetConfig
+from pylumiere.device_sampler import DeviceSampler
 from pylumiere.errors import InvalidRequest
 from pylumiere.pipeline import StageRun
 from pylumiere.styles import StyleChoice
@@ -64,35 +67,40 @@ class Bucket:
         self.shape, self.backend = shape, backend
         self.groups = 2 if shape.guided else 1
         frame = (shape.height, shape.width, 3)
-        values = shape.frames * shape.height * shape.width * 3
-        self.sampler = BatchSampler(
-            frame_shape=frame, call_frames=shape.frames, guided=shape.guided, capacity=capacity,
-            fixed_batch=fixed_batch, num_threads=backend.num_threads if values > 2**21 else 1,
-        )  # fmt: skip
         rows, device = self.groups * capacity, backend.device
         self._device_calls = device_calls
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
-        on_gpu = device_calls is not None
-        with device_calls.making() if on_gpu else contextlib.nullcontext():
+        options = dict(frame_shape=frame, call_frames=shape.frames, guided=shape.guided, capacity=capacity,
+                       fixed_batch=fixed_batch)  # fmt: skip
+        # What `fill` writes, and where it ends up: on a CPU the operands themselves; on a GPU pinned copies of them,
+        # and for the channels beside the noisy ones a buffer of their own.
+        self._operands: dict[str, tuple[Tensor, Tensor]] = {}
+        if device_calls is None:
+            values = shape.frames * shape.height * shape.width * 3
+            self.sampler = BatchSampler(**options, num_threads=backend.num_threads if values > 2**21 else 1)
+        else:
+            self.sampler = DeviceSampler(**options, device=device, calls=device_calls)
+            self._given = self._operand("given", (capacity, shape.frames, *frame[:2], network.in_channels - 3))
+        with contextlib.nullcontext() if device_calls is None else device_calls.computing():
             self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
-            self._times = torch.zeros(rows, device=device)
-            self._text = self._mask = self._level = None
-            if network.text_dim:
-                self._text = torch.zeros(rows, text_tokens, network.text_dim, device=device)
-                self._mask = torch.zeros(rows, text_tokens, dtype=torch.bool, device=device)
-            if network.noise_level:
-                self._level = torch.zeros(rows, device=device)
-            self._result = torch.zeros(rows, shape.frames, *frame, device=device) if on_gpu else None
-        # What `fill` writes and `complete` reads: on a CPU the buffers themselves, on a GPU pinned copies of them.
-        self._out = device_calls.pinned(self._result) if on_gpu else torch.zeros(rows, shape.frames, *frame)
-        self._buffers = {
-            name: (buffer, device_calls.pinned(buffer) if on_gpu else buffer)
-            for name in ("sample", "times", "text", "mask", "level")
-            if (buffer := getattr(self, f"_{name}")) is not None
-        }
+            self._out = torch.zeros(rows, shape.frames, *frame, device=device)
+        self._times = self._operand("times", (rows,))
+        self._text = self._mask = self._level = None
+        if network.text_dim:
+            self._text = self._operand("text", (rows, text_tokens, network.text_dim))
+            self._mask = self._operand("mask", (rows, text_tokens), torch.bool)
+        if network.noise_level:
+            self._level = self._operand("level", (rows,))
         self.runs: dict[int, StageRun] = {}
         self.call: Call | None = None
         self.service = 0.0  # seconds of a lane that each clip here has had
+
+    def _operand(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        calls = self._device_calls
+        with contextlib.nullcontext() if calls is None else calls.making():
+            buffer = torch.zeros(shape, dtype=dtype, device=self.backend.device)
+        self._operands[name] = (buffer, buffer if calls is None else calls.pinned(buffer))
+        return buffer
 
     def add(self, run: StageRun) -> int:
         """Adds a clip between two batches or while one is computed; returns its handle."""
@@ -154,8 +162,13 @@ class Bucket:
             InvalidRequest: an input that ended too early.
         """
         batch, rows = self.call.batch, len(self.call.batch.x)
-        to = {name: self._rows(source, rows) for name, (_, source) in self._buffers.items()}
-        to["sample"][..., :3] = torch.from_numpy(batch.x)
+        to = {name: self._rows(source, rows) for name, (_, source) in self._operands.items() if name != "given"}
+        if self._device_calls is None:
+            sample = self._rows(self._sample, rows)
+            sample[..., :3] = torch.from_numpy(batch.x)
+            given = sample[..., 3:]
+        else:
+            given = self._operands["given"][1][None]  # both groups have the same
         to["times"][:] = torch.from_numpy(batch.timesteps)
         for row in range(rows):
             source = row if row < batch.num_tasks else 0  # the others repeat the first
@@ -167,7 +180,7 @@ class Bucket:
                 available, _ = run.source.require(int(frames.max()) + 1)
                 if available <= int(frames.max()):
                     raise InvalidRequest(f"the input ended after {available} of {run.length} frames")
-            to["sample"][:, row, ..., 3:] = run.given(int(batch.windows[source]), frames)
+            given[:, row] = run.given(int(batch.windows[source]), frames)
             if "text" in to:
                 text, mask = run.text
                 to["text"][:, row], to["mask"][:, row] = text[: self.groups], mask[: self.groups]
@@ -175,33 +188,46 @@ class Bucket:
                 to["level"][:, row] = run.noise_level
         self.call.held = self._held()
         if self._device_calls is not None:
-            count = self.groups * rows
-            self._device_calls.copy_in((buffer[:count], source[:count]) for buffer, source in self._buffers.values())
+            self._device_calls.copy_in(
+                (buffer[:count], source[:count])
+                for name, (buffer, source) in self._operands.items()
+                for count in [rows if name == "given" else self.groups * rows]
+            )
 
     def compute(self, rows: slice, num_threads: int | None) -> None:
-        """Computes some rows of the current call. From any thread, several at once."""
+        """Computes some rows of the current call; on a GPU all of them, and the step. From any thread, several at once.
+        """
         if self._device_calls is None:
             self._out[rows].copy_(self._predict(rows, num_threads))
-            self._hold(self._out, rows)
+            self._hold(rows)
             return
-        graph = self._graphs.get(rows.stop) if rows.start == 0 else None
+        graph = self._graphs.get(rows.stop)
 
-        def compute() -> None:
+        def network() -> None:
             if graph is None:
-                self._result[rows].copy_(self._predict(rows))
+                self._compute_all(rows.stop)
             else:
                 graph.replay()
-            self._hold(self._result, rows)
+            self._hold(rows)
 
-        self._device_calls.run(compute, self._result[rows], self._out[rows])
+        self.sampler.run(network, self._rows(self._out, rows.stop // self.groups))
+
+    def _compute_all(self, rows: int) -> None:
+        """The call on the device, from states that the sampler has gathered and operands that were copied in."""
+        windows = rows // self.groups
+        sample = self._rows(self._sample, windows)
+        sample[..., :3] = self.sampler.x[:windows]
+        sample[..., 3:] = self._given[:windows]
+        self._out[:rows].copy_(self._predict(slice(0, rows)))
 
     def warm_up(self, num_threads: int | None, part_rows: int | None) -> None:
-        """Calls the network once, in the shape of a part, so that what libraries prepare is prepared; from a lane."""
+        """Calls the network once, in the shape of a part, so that what libraries prepare is prepared; from a lane. On a
+        GPU makes the sampler's steps as well."""
         if self._device_calls is None:
             self._predict(slice(0, part_rows or len(self._sample)), num_threads)
         else:
-            everything, scratch = slice(0, len(self._sample)), self._device_calls.pinned(self._out)
-            self._device_calls.run(lambda: self._predict(everything), self._result, scratch)
+            self._device_calls.enqueue(lambda: self._predict(slice(0, len(self._sample))))
+            self.sampler.warm_up()
 
     def graph_sizes(self) -> list[int]:
         """Numbers of windows of the calls that are captured as CUDA graphs: all that there can be. None without a GPU,
@@ -217,9 +243,7 @@ class Bucket:
         """Captures the call of that many windows as a CUDA graph; once."""
         rows = self.groups * windows
         if rows not in self._graphs:
-            self._graphs[rows] = self._device_calls.capture(
-                lambda: self._result[:rows].copy_(self._predict(slice(0, rows)))
-            )
+            self._graphs[rows] = self._device_calls.capture(lambda: self._compute_all(rows))
 
     def _predict(self, rows: slice, num_threads: int | None = None) -> Tensor:
         part = [None if t is None else t[rows] for t in (self._text, self._mask, self._level)]
@@ -228,13 +252,13 @@ class Bucket:
             self.shape.stage, self._sample[rows], self._times[rows], *part, num_threads=num_threads, **style
         )
 
-    def _hold(self, out: Tensor, rows: slice) -> None:
+    def _hold(self, rows: slice) -> None:
         """Given pixels are held in the rows of clips that ask for it."""
         for row in range(rows.start, rows.stop):
             coefficients = self.call.held.get(row % len(self.call.batch.x))
             if coefficients is not None:
                 noisy, given = self._sample[row].split([3, 4], -1)
-                out[row] = hold(out[row], noisy, given, *coefficients)
+                self._out[row] = hold(self._out[row], noisy, given, *coefficients)
 
     def _held(self) -> dict[int, tuple[float, float]]:
         """The windows of the current call whose given pixels are held, with u and v of their step."""

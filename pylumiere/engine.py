@@ -442,6 +442,8 @@ class Engine:
         calls = {call_shape(stage, owner): self._call_bytes(stage) for stage in stages}
         # A chain's stages run at once, others one after the other.
         own = (sum if order.is_chained else max)(self._clip_bytes(stage) for stage in stages)
+        if self._choice.device.type != "cpu":  # the rest is host memory
+            return Need(int(own * OWN_FACTOR), calls)
         last = order.last
         pixel = 3 if request.output_type == "uint8" else 12
         kept = last.windows.num_frames if buffer_frames is None else buffer_frames + last.windows.window
@@ -452,30 +454,35 @@ class Engine:
         return Need(int(own * OWN_FACTOR), calls)
 
     def _clip_bytes(self, stage: StagePlan) -> int:
-        """Frame states, conditioning frames that wait, and frames on their way out."""
+        """Frame states; on a CPU also conditioning frames that wait, and frames on their way out."""
         steps, capacity = len(stage.table.timesteps), self._capacity(stage.is_guided)
         states = memory_bytes(
             stage.windows, frame_shape=(stage.height, stage.width, 3), steps=steps, capacity=capacity,
             num_outputs=2 if stage.is_guided else 1, multistep=stage.table.uses_previous,
         )  # fmt: skip
+        if self._choice.device.type != "cpu":
+            return states
         slots, _ = stage.windows.buffer_sizes(steps, capacity)
         frame = 4 * stage.height * stage.width * 3
         return states + frame * (slots + stage.windows.call_frames)
 
     def _call_bytes(self, stage: StagePlan) -> CallBytes:
         network = self._pipeline.network(stage.name)
-        rows = (2 if stage.is_guided else 1) * self._capacity(stage.is_guided)
+        capacity = self._capacity(stage.is_guided)
+        rows = (2 if stage.is_guided else 1) * capacity
         frames, values = stage.windows.call_frames, stage.windows.call_frames * stage.height * stage.width
-        part_rows = 1 if self._scheduler_parts_are_rows() else -(-rows // self._lanes)
+        on_cpu = self._choice.device.type == "cpu"
+        part_rows = rows if not on_cpu else 1 if self.reproducible else -(-rows // self._lanes)
         activations = activation_bytes(
             network, part_rows, frames, stage.height, stage.width, self._backend.dtype, self.config.text_tokens
         )
+        if not on_cpu:  # the lanes' calls follow each other on one stream
+            # States and conditioning once a window; the sample, the prediction and the step's copies of rows.
+            channels = network.in_channels
+            return CallBytes(4 * values * (channels * capacity + (channels + 6) * rows), activations)
         # x, the sample, the prediction and its copy, and a part's own sample.
         buffers = 4 * values * (rows * (3 + network.in_channels + 3) + self._lanes * part_rows * 3)
         return CallBytes(buffers, min(self._lanes, rows) * activations)
-
-    def _scheduler_parts_are_rows(self) -> bool:
-        return self._choice.device.type == "cpu" and self.reproducible
 
     def _chunks(self, request: GenerationRequest, order: Order, metadata: dict[str, Any]) -> Iterator[Chunk]:
         job = self._queue(request, order, metadata, buffer_frames=1)

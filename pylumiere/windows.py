@@ -11,7 +11,8 @@ The averaged quantity is the model's output. Per frame and step, all in fp32 wit
     avg = sum over the windows that cover the frame of weight * (uncond + guidance * (cond - uncond))
     x0  = clamp(u x + v (gain avg)) ;  x' = p x + q x0 + r x0_prev + n noise(seed, stage, step, frame)
 
-This module is the Python face of the C++ core in `runtime/`. States live on the CPU.
+This module is the Python face of the C++ core in `runtime/`. Here states live on the CPU; `device_sampler.py` keeps
+them on the device of the network.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from pylumiere import _runtime
 from pylumiere._runtime import FrameQueue, WindowPlan
 
 __all__ = [
-    "BackgroundWriter", "Batch", "BatchSampler", "FrameBuffer", "FrameQueue", "FrameSource", "NonFiniteOutput",
-    "StepInfo", "WindowPlan", "frame_noise", "in_background", "memory_bytes", "sample_clip", "to_uint8", "to_yuv420p",
+    "BackgroundWriter", "Batch", "BatchSampler", "ClipSampler", "FrameBuffer", "FrameQueue", "FrameSource",
+    "NonFiniteOutput", "StepInfo", "WindowPlan", "frame_noise", "in_background", "memory_bytes", "sample_clip",
+    "to_uint8", "to_yuv420p",
 ]  # fmt: skip
 
 
@@ -96,14 +98,15 @@ class Batch:
     """One denoiser call.
 
     Attributes:
-        x: float32 [N, L, H, W, C], states of the frames at `frames`. The array is reused by the next batch.
+        x: float32 [N, L, H, W, C], states of the frames at `frames`: an array, on a device a tensor. Reused by the
+            next batch.
         timesteps: float32 [N].
         clips, windows, steps: int64 [N].
         frames: int64 [N, L], frame indices in each row's clip, held to its ends or wrapped in a loop.
         num_tasks: rows that count; the others repeat row 0 so that every call has one shape.
     """
 
-    x: np.ndarray
+    x: Any
     timesteps: np.ndarray
     clips: np.ndarray
     windows: np.ndarray
@@ -119,62 +122,74 @@ class _Clip:
         self.taken = 0
 
 
-class BatchSampler:
-    """Several clips that share denoiser calls. Not for several threads at once.
+class ClipSampler:
+    """What samplers share: clips that share denoiser calls, by handle. Not for several threads at once.
 
     All clips have one frame size and one call length; they may differ in windows, steps, sampler, seed and guidance
     scale. Clips are served in turn, each clip's oldest frames first.
 
     Args:
+        core: decides what is next; one of the C++ classes.
         frame_shape: (H, W, C).
         call_frames: frames of a denoiser call, `plan.call_frames`.
         guided: the denoiser returns two outputs (conditional, unconditional).
         capacity: rows of a call.
         fixed_batch: every call has `capacity` rows. Needed for results that do not depend on the company.
-        num_threads: of the sampler step; all cores of this process if None.
     """
 
-    def __init__(self, *, frame_shape: tuple[int, ...], call_frames: int, guided: bool = False, capacity: int = 1,
-                 fixed_batch: bool = True, num_threads: int | None = None):  # fmt: skip
+    def __init__(self, core, frame_shape: tuple[int, ...], call_frames: int, guided: bool, capacity: int,
+                 fixed_batch: bool):  # fmt: skip
         if capacity < 1:
             raise ValueError(f"capacity={capacity} is less than 1")
+        self._core = core
         self.frame_shape = tuple(int(n) for n in frame_shape)
         self.call_frames, self.capacity, self.fixed_batch = call_frames, capacity, fixed_batch
         self.num_outputs = 2 if guided else 1
-        self._core = _runtime.Sampler(
-            math.prod(self.frame_shape), self.num_outputs, num_threads or _runtime.default_num_threads()
-        )
-        self._x = np.empty((capacity, call_frames, *self.frame_shape), np.float32)
-        self._clips: dict[int, _Clip] = {}
-        self._num_tasks = 0
+        self._clips: dict[int, Any] = {}
 
-    def add_clip(self, plan: WindowPlan, table, *, seed: int, stage: int = 1, guidance_scale: float = 1.0,
-                 clip: float | None = 1.0, threshold: float | None = None, threshold_max: float = 0.0,
-                 guidance_rescale: float = 0.0, initial=None) -> int:  # fmt: skip
-        """Adds a clip between two batches; arguments as in `sample_clip`. Returns its handle.
-
-        Raises:
-            ValueError: the plan's call length is not the sampler's, or an argument is out of range.
-        """
+    def _checked(self, plan: WindowPlan, table, seed: int, guidance_scale: float, clip: float | None,
+                 threshold: float | None, initial):  # fmt: skip
+        """Timesteps [S], coefficients [S, 6] and a function of the initial frames, or ValueError."""
         if plan.call_frames != self.call_frames:
             raise ValueError(f"the plan's calls have {plan.call_frames} frames, the sampler's have {self.call_frames}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed} is outside [0, 2^64)")
         if self.num_outputs == 1 and guidance_scale != 1.0:
             raise ValueError(f"guidance_scale={guidance_scale} needs a sampler made with guided=True")
+        if threshold and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not in 0..1")
+        if threshold and not (clip is not None and 0 < clip < 1e30):
+            raise ValueError("dynamic thresholding needs a finite clip above 0")
         initial = _initial_frames(initial, plan.num_frames, self.frame_shape)
         timesteps = np.asarray(table.timesteps, np.float32)
         coef = np.ascontiguousarray(table.coef, np.float32)
         if coef.ndim != 2 or coef.shape[1] != 6 or timesteps.shape != coef.shape[:1]:
             raise ValueError(f"the table has timesteps {timesteps.shape}, coef {coef.shape}; expected [S] and [S, 6]")
-        handle = self._core.add_clip(
-            plan, coef, seed=seed, stage=stage, init_alpha=float(table.init_alpha), init_sigma=float(table.init_sigma),
-            guidance=guidance_scale, clip=math.inf if clip is None else clip, rescale=guidance_rescale,
-            threshold=threshold or 0.0, threshold_max=threshold_max, has_initial=initial is not None,
-            capacity=self.capacity,
-        )  # fmt: skip
-        self._clips[handle] = _Clip(timesteps, initial)
-        return handle
+        if len(coef) == 0:
+            raise ValueError("the sampler table has no steps")
+        return timesteps, coef, initial
+
+    def _rows(self, num_tasks: int) -> int:
+        return self.capacity if self.fixed_batch else num_tasks
+
+    def _batch(self, x, tasks: np.ndarray, frames: np.ndarray) -> Batch:
+        """tasks [N, 3] and frames [N, L] of the rows that count."""
+        num_tasks = len(tasks)
+        padding = self._rows(num_tasks) - num_tasks
+        if padding:
+            tasks = np.concatenate([tasks, np.repeat(tasks[:1], padding, axis=0)])
+            frames = np.concatenate([frames, np.repeat(frames[:1], padding, axis=0)])
+        clips, windows, steps = (np.ascontiguousarray(tasks[:, column]) for column in range(3))
+        timesteps = np.array(
+            [self._clips[c].timesteps[s] for c, s in zip(clips.tolist(), steps.tolist(), strict=True)], np.float32
+        )
+        return Batch(x, timesteps, clips, windows, steps, frames, num_tasks)
+
+    def _check_output(self, out, num_tasks: int) -> None:
+        shape = tuple(out.shape)
+        expected = (self.num_outputs, self._rows(num_tasks), self.call_frames, *self.frame_shape)
+        if shape != expected:
+            raise ValueError(f"the denoiser returned shape {shape}, expected {expected}")
 
     def remove_clip(self, clip: int) -> None:
         """Drops a clip at any time and frees its buffers. What the current batch computes for it is ignored."""
@@ -189,6 +204,64 @@ class BatchSampler:
         """A clip of unknown length: `available` frames have arrived; `ended`: there will be no more."""
         self._core.extend(clip, available, ended)
 
+    def is_finished(self, clip: int) -> bool:
+        """All frames are final, taken or not."""
+        return self._core.is_finished(clip)
+
+    def frames_final(self, clip: int) -> int:
+        return self._core.final_end(clip)
+
+    def first_needed(self, clip: int) -> int:
+        """No call from now on reads a frame of the clip below this one. For use between batches."""
+        return self._core.first_needed(clip)
+
+    def frames_wanted(self, clip: int) -> int:
+        """Frames that must have arrived before the clip's next window can start. For use between batches.
+
+        0 while it waits for something else, or while a batch can be filled without it.
+        """
+        return self._core.frames_wanted(clip, self.capacity)
+
+    def plan(self, clip: int) -> WindowPlan:
+        """The clip's plan as it is known now (a clip of unknown length gets its number of frames at the end)."""
+        return self._core.plan(clip)
+
+
+class BatchSampler(ClipSampler):
+    """Frame states and the sampler step on the CPU; `pylumiere.device_sampler` has both on a device.
+
+    Args:
+        num_threads: of the sampler step; all cores of this process if None.
+    The others are those of ClipSampler.
+    """
+
+    def __init__(self, *, frame_shape: tuple[int, ...], call_frames: int, guided: bool = False, capacity: int = 1,
+                 fixed_batch: bool = True, num_threads: int | None = None):  # fmt: skip
+        core = _runtime.Sampler(
+            math.prod(frame_shape), 2 if guided else 1, num_threads or _runtime.default_num_threads()
+        )
+        super().__init__(core, frame_shape, call_frames, guided, capacity, fixed_batch)
+        self._x = np.empty((capacity, call_frames, *self.frame_shape), np.float32)
+        self._num_tasks = 0
+
+    def add_clip(self, plan: WindowPlan, table, *, seed: int, stage: int = 1, guidance_scale: float = 1.0,
+                 clip: float | None = 1.0, threshold: float | None = None, threshold_max: float = 0.0,
+                 guidance_rescale: float = 0.0, initial=None) -> int:  # fmt: skip
+        """Adds a clip between two batches; arguments as in `sample_clip`. Returns its handle.
+
+        Raises:
+            ValueError: the plan's call length is not the sampler's, or an argument is out of range.
+        """
+        timesteps, coef, initial = self._checked(plan, table, seed, guidance_scale, clip, threshold, initial)
+        handle = self._core.add_clip(
+            plan, coef, seed=seed, stage=stage, init_alpha=float(table.init_alpha), init_sigma=float(table.init_sigma),
+            guidance=guidance_scale, clip=math.inf if clip is None else clip, rescale=guidance_rescale,
+            threshold=threshold or 0.0, threshold_max=threshold_max, has_initial=initial is not None,
+            capacity=self.capacity,
+        )  # fmt: skip
+        self._clips[handle] = _Clip(timesteps, initial)
+        return handle
+
     def next_batch(self) -> Batch | None:
         """The next denoiser call, or None when no clip can go on before frames are taken or arrive."""
         tasks, fresh = self._core.next(self.capacity)
@@ -198,17 +271,11 @@ class BatchSampler:
         for index, (clip, frame, _) in enumerate(fresh.tolist()):
             self._core.fill_initial(index, self._clips[clip].initial(frame))
         self._core.gather(self._x, num_tasks * self.call_frames)
-        rows = self.capacity if self.fixed_batch else num_tasks
+        rows = self._rows(num_tasks)
         self._x[num_tasks:rows] = self._x[0]
-        if rows > num_tasks:
-            tasks = np.concatenate([tasks, np.repeat(tasks[:1], rows - num_tasks, axis=0)])
-        clips, windows, steps = (np.ascontiguousarray(tasks[:, column]) for column in range(3))
-        plans = {clip: self._core.plan(clip) for clip in set(clips.tolist())}
-        frames = np.stack([plans[c].frames(w) for c, w in zip(clips.tolist(), windows.tolist(), strict=True)])
-        timesteps = np.array(
-            [self._clips[c].timesteps[s] for c, s in zip(clips.tolist(), steps.tolist(), strict=True)], np.float32
-        )
-        return Batch(self._x[:rows], timesteps, clips, windows, steps, frames, num_tasks)
+        plans = {clip: self._core.plan(clip) for clip in set(tasks[:, 0].tolist())}
+        frames = np.stack([plans[clip].frames(window) for clip, window, _ in tasks.tolist()])
+        return self._batch(self._x[:rows], tasks, frames)
 
     def complete(self, out) -> None:
         """Takes the denoiser's output for the batch: [G, N, L, H, W, C], fp32, bf16 or fp16, on the CPU, contiguous.
@@ -217,12 +284,8 @@ class BatchSampler:
             ValueError: the shape is not that.
             NonFiniteOutput: NaN or infinity. The batch stays current: remove the clip, then complete with that output.
         """
-        shape = tuple(out.shape)
-        rows = self.capacity if self.fixed_batch else self._num_tasks
-        expected = (self.num_outputs, rows, self.call_frames, *self.frame_shape)
-        if shape != expected:
-            raise ValueError(f"the denoiser returned shape {shape}, expected {expected}")
-        self._core.complete(out, shape[1])
+        self._check_output(out, self._num_tasks)
+        self._core.complete(out, out.shape[1])
         self._num_tasks = 0
 
     def take_final(self, clip: int) -> tuple[int, np.ndarray] | None:
@@ -235,28 +298,6 @@ class BatchSampler:
         state = self._clips[clip]
         start, state.taken = state.taken, state.taken + count
         return start, frames
-
-    def is_finished(self, clip: int) -> bool:
-        """All frames are final, taken or not."""
-        return self._core.is_finished(clip)
-
-    def frames_final(self, clip: int) -> int:
-        return self._core.final_end(clip)
-
-    def first_needed(self, clip: int) -> int:
-        """No call from now on reads a frame of the clip below this one."""
-        return self._core.first_needed(clip)
-
-    def frames_wanted(self, clip: int) -> int:
-        """Frames that must have arrived before the clip's next window can start.
-
-        0 while it waits for something else, or while a batch can be filled without it.
-        """
-        return self._core.frames_wanted(clip, self.capacity)
-
-    def plan(self, clip: int) -> WindowPlan:
-        """The clip's plan as it is known now (a clip of unknown length gets its number of frames at the end)."""
-        return self._core.plan(clip)
 
     def clip_bytes(self, clip: int) -> int:
         return self._core.clip_bytes(clip)

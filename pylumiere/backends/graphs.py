@@ -1,17 +1,20 @@
-"""CUDA graphs of network calls: captured when an engine warms up, replayed without Python or launches in between.
+"""CUDA graphs of network calls, captured when an engine warms up and replayed without Python or launches in between;
+and the streams that they, the sampler and copies run on.
 
 All graphs of an engine share one memory pool. They are captured largest first, so that a smaller one lives in what a
 larger one has let go of; and they replay on one stream, since two at once would write the same memory. What a graph
 reads and writes from outside lies in buffers of its bucket, not in the pool: nothing of a call that has ended is in the
 way of the next one.
 
-Operands come from pinned memory on a stream of their own, and results leave on another, so that copies of one call pass
-beside the computation of another. Torch's streams do not wait for the default stream: whatever a call reads must have
-been written on one of the three here, or by a copy that the host waited for.
+Frame states live on the device, and the sampler's step runs on the compute stream behind the network. Operands come
+from pinned memory on a stream of their own, and final frames leave on another, so that copies of one call pass beside
+the computation of another. Torch's streams do not wait for the default stream: whatever a call reads must have been
+written on one of the three here, or by a copy that the host waited for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -37,8 +40,12 @@ class DeviceCalls:
         self._lock = threading.Lock()
 
     def making(self) -> AbstractContextManager:
-        """Buffers are made inside: they belong to the stream that writes them first, after their first filling."""
+        """Buffers that `copy_in` fills are made inside: they belong to its stream, after their first filling."""
         return torch.cuda.stream(self._copy_in)
+
+    def computing(self) -> AbstractContextManager:
+        """Memory that only the compute stream writes is made inside. It may be dropped while work on it is queued."""
+        return torch.cuda.stream(self._compute)
 
     def pinned(self, like: Tensor) -> Tensor:
         """Zeros on the host, from and to which copies pass beside other work."""
@@ -60,24 +67,30 @@ class DeviceCalls:
         return graph
 
     def copy_in(self, operands: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Pairs (buffer, pinned source); the next `run` waits for them. The sources must not change until it returns.
+        """Pairs (buffer, pinned source); the next `enqueue` or `run` waits for them. The sources must not change until
+        a `run` after that returns.
 
         No call that reads these buffers may be under way."""
         with torch.cuda.stream(self._copy_in):
             for buffer, source in operands:
                 buffer.copy_(source, non_blocking=True)
 
+    def enqueue(self, function: Callable[[], object]) -> None:
+        """Lets `function` put work on the compute stream, after what was copied in. Does not wait."""
+        self._compute.wait_stream(self._copy_in)
+        with torch.cuda.stream(self._compute):
+            function()
+
     def run(self, compute: Callable[[], object], result: Tensor, target: Tensor) -> None:
-        """Lets `compute` (a replay, or calls of the network) fill the buffer `result`, copies it to pinned memory and
-        waits for that, which lets go of Python's lock. From any thread: they queue on the compute stream.
+        """Lets `compute` (a replay, or calls of the network, and the step) put its work on the compute stream, copies
+        the few bytes of `result` to pinned memory behind it and waits for that, which lets go of Python's lock. From
+        any thread: they queue on the compute stream.
         """
         try:
-            with self._lock:  # a call's copy waits for that call, not for one that another thread put in between
+            with self._lock:  # a call waits for its own work, not for that of one that another thread put in between
                 self._compute.wait_stream(self._copy_in)
                 with torch.cuda.stream(self._compute):
                     compute()
-                self._copy_out.wait_stream(self._compute)
-                with torch.cuda.stream(self._copy_out):
                     target.copy_(result, non_blocking=True)
                     done = torch.cuda.Event(blocking=True)
                     done.record()
@@ -87,3 +100,33 @@ class DeviceCalls:
             for stream in (self._copy_in, self._compute, self._copy_out):
                 stream.synchronize()
             raise
+
+    def fetch(self, copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Pairs (pinned target, buffer whose work a `run` has waited for): copies and waits, beside what computes."""
+        with torch.cuda.stream(self._copy_out):
+            for target, buffer in copies:
+                target.copy_(buffer, non_blocking=True)
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        done.synchronize()
+
+
+class HostCalls:
+    """The same for a sampler whose device is the CPU: everything happens at once."""
+
+    def computing(self) -> AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def pinned(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=like.dtype)
+
+    def enqueue(self, function: Callable[[], object]) -> None:
+        function()
+
+    def run(self, compute: Callable[[], object], result: Tensor, target: Tensor) -> None:
+        compute()
+        target.copy_(result)
+
+    def fetch(self, copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for target, buffer in copies:
+            target.copy_(buffer)

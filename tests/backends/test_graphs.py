@@ -7,6 +7,9 @@ only a GPU can show is marked.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +18,9 @@ import torch
 pytest.importorskip("pydantic", reason="the engine needs pydantic, which is not installed here")
 
 from pylumiere.engine import Engine
+from pylumiere.memory import OWN_FACTOR
+from pylumiere.request import GenerationRequest
+from pylumiere.scheduling import call_shape
 from pylumiere.testing import write_random_model
 
 
@@ -33,12 +39,18 @@ class FakeGraph:
 
 
 class FakeDevice:
-    """What `DeviceCalls` offers, in order and without streams. Operands that were not copied in are not seen."""
+    """What `DeviceCalls` offers, on one queue that is worked off as late as a GPU may: when somebody waits. Operands
+    that were not copied in are not seen. Final frames are fetched without waiting for what is queued."""
 
     def __init__(self):
-        self.captured = self.replayed = self.runs = 0
+        self.captured = self.replayed = self.runs = self.fetched = 0
+        self.queue = []
+        self.lock = threading.RLock()
 
     def making(self):
+        return contextlib.nullcontext()
+
+    def computing(self):
         return contextlib.nullcontext()
 
     def pinned(self, like):
@@ -50,19 +62,43 @@ class FakeDevice:
         return FakeGraph(self, function)
 
     def copy_in(self, operands):
-        for buffer, source in operands:
-            buffer.copy_(source)
+        with self.lock:
+            self.queue += [functools.partial(buffer.copy_, source) for buffer, source in operands]
+
+    def enqueue(self, function):
+        with self.lock:
+            self.queue.append(function)
 
     def run(self, compute, result, target):
-        self.runs += 1
-        compute()
-        target.copy_(result)
+        with self.lock:
+            self.runs += 1
+            while self.queue:
+                self.queue.pop(0)()
+            compute()
+            target.copy_(result)
+
+    def fetch(self, copies):
+        for target, buffer in copies:
+            assert target.shape == buffer.shape
+            self.fetched += len(buffer)
+            target.copy_(buffer)
 
 
 def with_fake_device(engine):
     engine._scheduler._device_calls = FakeDevice()
     engine._scheduler._lanes.part_rows = None
     return engine._scheduler._device_calls
+
+
+def row_by_row(engine, monkeypatch):
+    """The network's calls as a reproducible engine makes them on a CPU, so that bytes can be compared in company."""
+    predict = engine._backend.predict
+
+    def rows(stage, *operands, num_threads=None, **kw):
+        parts = [[None if t is None else t[row : row + 1] for t in operands] for row in range(len(operands[0]))]
+        return torch.cat([predict(stage, *part, num_threads=1, **kw) for part in parts])
+
+    monkeypatch.setattr(engine._backend, "predict", rows)
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
@@ -76,10 +112,85 @@ def test_copied_and_replayed_calls_give_the_same_clip(folder, max_batch):
         engine.warm_up()
         captured = device.captured
         assert captured == 2 * max_batch and engine.metrics()["graphs"] == captured, "each size of both networks"
-        runs = device.runs
+        runs, fetched = device.runs, device.fetched
         for fields in requests:
             assert np.array_equal(engine.generate(**fields).frames, plain.generate(**fields).frames)
         assert device.captured == captured and device.replayed == device.runs - runs > 0, "replays alone"
+        assert device.fetched - fetched == 2 * (8 + 8), "of the device's states nothing comes back but final frames"
+
+
+def test_long_clips_and_company_on_a_device_give_the_cpus_bytes(folder, monkeypatch):
+    """Clips of several windows in both stages, a loop, an input of unknown length, a multistep sampler."""
+    options = dict(precision="fp32", max_batch=2)
+    requests = [
+        {"num_frames": 24, "num_inference_steps": 3},
+        {"num_frames": 8, "num_inference_steps": 2, "guidance_scale": 1.0, "sampler": "dpmpp_2m"},
+        {"num_frames": 20, "num_inference_steps": 2, "loop": True},
+        {"num_frames": 5, "num_inference_steps": 4, "sampler": "ddpm"},
+    ]
+    low = np.random.default_rng(1).integers(0, 256, (21, 16, 16, 3), dtype=np.uint8)
+    with Engine.load(folder, **options) as plain, Engine.load(folder, **options) as engine:
+        with_fake_device(engine)
+        row_by_row(engine, monkeypatch)
+        jobs = [engine.submit("x", seed=seed, **fields) for seed, fields in enumerate(requests)]
+        upscaled = np.concatenate([chunk.frames for chunk in engine.upscale(iter(low), num_inference_steps=2)])
+        for seed, (job, fields) in enumerate(zip(jobs, requests, strict=True)):
+            assert np.array_equal(job.result(60).frames, plain.generate("x", seed=seed, **fields).frames), fields
+        expected = [chunk.frames for chunk in plain.upscale(iter(low), num_inference_steps=2)]
+        assert np.array_equal(upscaled, np.concatenate(expected))
+
+
+@pytest.mark.parametrize("fails", ["nan", "memory"])
+def test_a_clip_that_fails_on_the_device_ends_alone(folder, fails, monkeypatch):
+    with Engine.load(folder, precision="fp32", max_batch=2) as engine:
+        with_fake_device(engine)
+        row_by_row(engine, monkeypatch)
+        expected = engine.generate("x", seed=1, num_inference_steps=6).frames
+        backend, calls = engine._backend, []
+        predict = backend.predict
+
+        def wrong(stage, sample, *rest, **kw):
+            out = predict(stage, sample, *rest, **kw)
+            calls.append(stage)
+            if len(calls) == 3:
+                if fails == "memory":
+                    raise MemoryError("of the device")
+                out = out.clone()
+                out[-1, 0, 0, 0, 0] = float("nan")  # the last row is a clip of its own, or one alone
+            return out
+
+        monkeypatch.setattr(backend, "predict", wrong)
+        jobs = [engine.submit("x", seed=seed, num_inference_steps=6) for seed in (1, 2)]
+        errors = [job._future.exception(60) for job in jobs]
+        names = [type(error).__name__ for error in errors if error is not None]
+        if fails == "nan":
+            assert names == ["NonFiniteOutput"]
+        assert names and set(names) <= {"NonFiniteOutput", "MemoryError"}
+        for job, error, seed in zip(jobs, errors, (1, 2), strict=True):
+            if error is None and seed == 1:
+                assert np.array_equal(job.result().frames, expected)
+        monkeypatch.setattr(backend, "predict", predict)
+        assert np.array_equal(engine.generate("x", seed=1, num_inference_steps=6).frames, expected)
+
+
+def test_a_device_budget_counts_rings_and_no_host_memory(folder):
+    with Engine.load(folder, precision="fp32", memory_budget=2**40, max_batch=2) as engine:
+        with_fake_device(engine)
+        engine._choice = dataclasses.replace(engine._choice, device=torch.device("cuda"))
+        for fields in ({}, {"num_frames": 24}, {"sampler": "dpmpp_2m"}):
+            request = GenerationRequest(prompt="x", **fields)
+            order, _ = engine._ordered(request)
+            rings = []
+            for stage in (order.plan.base, order.last):
+                bucket = engine._scheduler._bucket(call_shape(stage))
+                sampler = bucket.sampler
+                scale = stage.guidance_scale
+                handle = sampler.add_clip(stage.windows, stage.table, seed=0, guidance_scale=scale)
+                rings.append(sampler.clip_bytes(handle))
+                sampler.remove_clip(handle)
+            own = sum(rings) if order.is_chained else max(rings)
+            assert order.is_chained == (fields.get("num_frames") == 24)
+            assert engine._need(order, request, None).own == int(own * OWN_FACTOR)
 
 
 def test_a_fixed_batch_has_one_graph_and_styles_none(folder):

@@ -1,14 +1,18 @@
-"""The operations of a STUNet on a CPU: PyTorch's convolutions, and a norm in C++ that reads its input once.
+"""The operations of a STUNet on a CPU: oneDNN's products with weights in its own layout, and a norm in C++.
 
 Eager PyTorch spends a quarter of a bf16 call on GroupNorm, modulation and SiLU: three passes over memory, where one
 over a frame that stays in the cache will do. The C++ loop runs on the threads that PyTorch already keeps; a second pool
 would compete with them while they spin.
+
+Convolutions and linear layers are those that PyTorch calls, but their weights are reordered once and not at every call,
+and what is added to a result is added before it is rounded and stored.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from pathlib import Path
 
 import torch
@@ -17,7 +21,21 @@ from torch import Tensor
 from pylumiere import _runtime
 from pylumiere.model.ops import Norm, PlainOps
 
+HEAD_DIMS = (16, 32, 64)
+MOST_KEYS = 512  # beyond, PyTorch's blocked attention is the faster one
 _IS_BFLOAT16 = {torch.float32: False, torch.bfloat16: True}
+_CONV, _LINEAR = (getattr(torch.ops.mkldnn, name, None) for name in ("_convolution_pointwise", "_linear_pointwise"))
+
+
+@functools.cache
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or _CONV is None or _LINEAR is None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _runs_on_onednn(x: Tensor) -> bool:
+    return x.numel() > 0 and _has_onednn(x.dtype)
 
 
 class CpuOps(PlainOps):
@@ -27,6 +45,34 @@ class CpuOps(PlainOps):
 
     def __init__(self):
         self._parallel = openmp_parallel()
+        self._packed: dict[int, Tensor] = {}  # weights in oneDNN's layout, by id of the weight
+
+    def _conv2d(self, v, weight, bias, stride, padding, residual):
+        if not _runs_on_onednn(v):
+            return super()._conv2d(v, weight, bias, stride, padding, residual)
+        packed = self._packed.get(id(weight))
+        if packed is None:
+            given = (weight if weight.ndim == 4 else weight.unsqueeze(-1)).detach().to_mkldnn()
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(given, padding, stride, (1, 1), 1, v.shape)
+            self._keep(weight, packed)
+        if residual is None:
+            return _CONV(v, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
+        return _CONV.binary(v, residual, packed, bias, padding, stride, (1, 1), 1, "add", None, None, [], None)
+
+    def _matmul(self, x, weight, bias, residual):
+        if not _runs_on_onednn(x):
+            return super()._matmul(x, weight, bias, residual)
+        packed = self._packed.get(id(weight))
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1])
+            self._keep(weight, packed)
+        if residual is None:
+            return _LINEAR(x, packed, bias, "none", [], "")
+        return _LINEAR.binary(x, residual, packed, bias, "add")
+
+    def _keep(self, weight: Tensor, packed: Tensor) -> None:
+        self._packed[id(weight)] = packed
+        weakref.finalize(weight, self._packed.pop, id(weight), None)  # a style's weights go with it
 
     def activate(self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
         if norm is None or x.dtype not in _IS_BFLOAT16 or x.numel() == 0 or not x.is_contiguous():
@@ -48,6 +94,43 @@ class CpuOps(PlainOps):
             frames_per_row, row_stride, silu, self._parallel, torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+        """PlainOps.attention in one pass over each short sequence; long ones and other heads are PyTorch's."""
+        if not self._takes(q, k, v, num_heads):
+            return super().attention(q, k, v, num_heads, mask)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self._attend(q, k, v, out, num_heads, None if mask is None else mask.expand(k.shape[:2]).contiguous())
+        return out
+
+    def temporal_attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """PlainOps.temporal_attention without its copies: a pixel's frames are read where they are."""
+        q, k, v = qkv.chunk(3, -1)
+        if not self._takes(q[:, :, 0], k[:, :, 0], v[:, :, 0], num_heads):
+            return super().temporal_attention(qkv, num_heads)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for clip in zip(q, k, v, out, strict=True):
+            self._attend(*(part.transpose(0, 1) for part in clip), num_heads, None)
+        return out
+
+    def _takes(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
+        heads = q.shape[-1] // num_heads in HEAD_DIMS and 0 < k.shape[1] <= MOST_KEYS and q.numel() > 0
+        return (
+            heads
+            and q.dtype in _IS_BFLOAT16
+            and all(t.stride(-1) == 1 for t in (q, k, v))
+            and not torch.is_grad_enabled()
+        )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, mask: Tensor | None) -> None:
+        """q, out [N, Sq, C]; k, v [N, Sk, C]; channels are contiguous; mask [N, Sk] contiguous."""
+        head_dim = q.shape[-1] // num_heads
+        tensors = (q, k, v, out)
+        _runtime.attention(
+            [t.data_ptr() for t in tensors], [step for t in tensors for step in t.stride()[:2]],
+            _IS_BFLOAT16[q.dtype], q.shape[0], num_heads, q.shape[1], k.shape[1], head_dim, head_dim**-0.5,
+            0 if mask is None else mask.data_ptr(), self._parallel, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def _row_stride(rows: Tensor) -> int | None:

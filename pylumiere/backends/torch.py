@@ -53,7 +53,7 @@ class TorchBackend:
         return CpuOps() if self.device.type == "cpu" else PlainOps()
 
     def _prepare(self, config: STUNetConfig, weights: Mapping[str, Tensor]) -> STUNet:
-        prepared = {name: _channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
+        prepared = {name: channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
         network = build_network(config, prepared)
         network.ops = self._ops()
         return network
@@ -66,7 +66,7 @@ class TorchBackend:
                 plain = self._networks["base"]
                 weights = plain.state_dict()
                 mixed = choice.style.weights(weights, choice.strength)
-                network = build_network(plain.config, weights | {n: _channels_last(w) for n, w in mixed.items()})
+                network = build_network(plain.config, weights | {n: channels_last(w) for n, w in mixed.items()})
                 network.ops = plain.ops
                 self._styled[choice] = network
                 while len(self._styled) > STYLED_NETWORKS:
@@ -111,7 +111,7 @@ class TorchBackend:
         """Raises InvalidRequest where a sample of this shape cannot be computed; here every one can."""
 
 
-def _channels_last(weight: Tensor) -> Tensor:
+def channels_last(weight: Tensor) -> Tensor:
     """The same weight with its input channels last in memory: [O, C, kh, kw] and [O, C, k] only."""
     if weight.ndim == 4:
         return weight.contiguous(memory_format=torch.channels_last)

@@ -54,6 +54,11 @@ def _frames(x: Tensor) -> Tensor:
     return x.flatten(0, 1).permute(0, 3, 1, 2)
 
 
+def _times(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] as a view for a convolution over frames: [B, C, T, H*W]."""
+    return x.flatten(2, 3).permute(0, 3, 1, 2)
+
+
 class PlainOps:
     """Eager PyTorch. Stateless; a backend is a class with the same methods."""
 
@@ -95,9 +100,11 @@ class PlainOps:
         v = _frames(y)
         if upsample:
             v = F.interpolate(v, scale_factor=2.0, mode="nearest")
-        v = F.conv2d(v, weight, bias, stride=stride, padding=weight.shape[-1] // 2)
-        y = v.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
-        return y if residual is None else y + residual
+        padding = weight.shape[-1] // 2
+        v = self._conv2d(
+            v, weight, bias, (stride, stride), (padding, padding), None if residual is None else _frames(residual)
+        )
+        return v.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
     def temporal_conv(
         self,
@@ -118,10 +125,8 @@ class PlainOps:
         if upsample > 1:
             y = y.repeat_interleave(upsample, 1)
         height, width = y.shape[2:4]
-        v = y.flatten(2, 3).permute(0, 3, 1, 2)  # [B, C, T, S]
-        v = F.conv2d(v, weight.unsqueeze(-1), bias, stride=(stride, 1), padding=(1, 0))
-        y = v.permute(0, 2, 3, 1).unflatten(2, (height, width))
-        return y if residual is None else y + residual
+        v = self._conv2d(_times(y), weight, bias, (stride, 1), (1, 0), None if residual is None else _times(residual))
+        return v.permute(0, 2, 3, 1).unflatten(2, (height, width))
 
     def linear(
         self,
@@ -136,7 +141,23 @@ class PlainOps:
         residual: Tensor | None = None,
     ) -> Tensor:
         """A linear layer on the channels of [B, T, H, W, C], with the same prologue and epilogue."""
-        y = F.linear(self.activate(x, norm, scale, shift, silu), weight, bias)
+        return self._matmul(self.activate(x, norm, scale, shift, silu), weight, bias, residual)
+
+    def _conv2d(
+        self,
+        v: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        residual: Tensor | None,
+    ) -> Tensor:
+        """On NCHW-shaped views; weight [O, C, kh, kw], or [O, C, kh] where kw is 1."""
+        y = F.conv2d(v, weight if weight.ndim == 4 else weight.unsqueeze(-1), bias, stride, padding)
+        return y if residual is None else y + residual
+
+    def _matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:

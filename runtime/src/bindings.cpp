@@ -2,6 +2,7 @@
 // copy; the GIL is released around everything that computes or waits.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -12,6 +13,7 @@
 #include "lumiere/bounded_queue.hpp"
 #include "lumiere/convert.hpp"
 #include "lumiere/denoise_step.hpp"
+#include "lumiere/attention.hpp"
 #include "lumiere/group_norm.hpp"
 #include "lumiere/sampler.hpp"
 #include "lumiere/wavefront.hpp"
@@ -241,6 +243,25 @@ NB_MODULE(_runtime, m) {
   });
 
   // Addresses instead of arrays: this runs a hundred times in a network call, and a DLPack argument costs a microsecond.
+  m.def("attention",
+        [](std::array<std::uintptr_t, 4> addresses, std::array<std::int64_t, 8> strides, bool is_bfloat16,
+           std::int64_t sequences, std::int64_t heads, std::int64_t queries, std::int64_t keys, std::int64_t head_dim,
+           float scale, std::uintptr_t mask, std::uintptr_t parallel, int num_threads,
+           std::optional<int> instruction_set) {
+          require(sequences > 0 && heads > 0 && queries > 0 && keys > 0, "sizes must be positive");
+          require(has_attention(head_dim), "head_dim=" + std::to_string(head_dim) + " is not 16, 32 or 64");
+          loops_at(instruction_set);
+          const auto rows = [&](std::size_t i) { return Rows{addresses[i], strides[2 * i], strides[2 * i + 1]}; };
+          const Attention call{rows(0), rows(1), rows(2), rows(3), is_bfloat16 ? ElementType::bfloat16 : ElementType::float32,
+                               sequences, heads, queries, keys, head_dim, scale, reinterpret_cast<const bool*>(mask)};
+          nb::gil_scoped_release release;
+          attention(call, instruction_set ? attention_part_by_index(*instruction_set) : attention_part(),
+                    reinterpret_cast<ParallelRegion>(parallel), num_threads);
+        },
+        "addresses"_a, "strides"_a, "is_bfloat16"_a, "sequences"_a, "heads"_a, "queries"_a, "keys"_a, "head_dim"_a,
+        "scale"_a, "mask"_a, "parallel"_a, "num_threads"_a, "instruction_set"_a = nb::none(),
+        "Attention on memory at addresses of q, k, v, out, with their strides by sequence and row; see "
+        "lumiere/attention.hpp. 0 is null.");
   m.def("group_norm",
         [](std::uintptr_t x, std::uintptr_t y, bool is_bfloat16, std::int64_t frames, std::int64_t pixels,
            std::int64_t channels, std::int64_t groups, float eps, std::uintptr_t weight, std::uintptr_t bias,

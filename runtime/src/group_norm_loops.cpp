@@ -1,51 +1,18 @@
 // Compiled once per instruction set, as inner_loops.cpp is, and without library headers for the same reason. Products
 // and sums may be fused here: the result is compared with its reference by a tolerance, not by its bits.
 #include "lumiere/group_norm.hpp"
+#include "numbers.hpp"
 
 namespace lumiere {
 namespace LUMIERE_SIMD {
 namespace {
 
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-using i32 = std::int32_t;
-using i64 = std::int64_t;
+using namespace numbers;
 
-inline float float_of_bits(u32 bits) { return __builtin_bit_cast(float, bits); }
-inline u32 bits_of_float(float value) { return __builtin_bit_cast(u32, value); }
-
-struct Float32 {
-  using type = float;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
-};
-
-struct BFloat16 {
-  using type = u16;
-  static float load(u16 value) { return float_of_bits(static_cast<u32>(value) << 16); }
-  static u16 store(float value) {  // to nearest, ties to even; NaN stays NaN
-    const u32 bits = bits_of_float(value);
-    const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<u16>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-};
-
-// v / (1 + exp(-v)) by t = exp(-|v|), which neither overflows nor becomes subnormal: |v| is held to 87, as an integer,
-// since a floating-point bound would be compiled to a second division. Relative error below 4 eps.
+// v / (1 + exp(-v)) by t = exp(-|v|), which neither overflows nor becomes subnormal. Relative error below 4 eps.
 inline float silu_of(float v) {
   const u32 bits = bits_of_float(v);
-  const i32 magnitude = static_cast<i32>(bits & 0x7fffffffu);
-  const float m = float_of_bits(static_cast<u32>(magnitude < 0x42ae0000 ? magnitude : 0x42ae0000));
-  const float n = __builtin_floorf(m * -1.44269504088896341f + 0.5f);
-  const float r = (-m - n * 0.693359375f) + n * 2.12194440e-4f;
-  float poly = 1.9875691500e-4f;
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * (r * r) + r + 1.0f;
-  const float t = poly * float_of_bits(static_cast<u32>(static_cast<i32>(n) + 127) << 23);
+  const float t = exp_of(float_of_bits(bits & 0x7fffffffu));
   const float numerator = static_cast<i32>(bits) < 0 ? t : 1.0f;
   return v * numerator / (1.0f + t);
 }

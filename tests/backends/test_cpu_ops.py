@@ -107,3 +107,102 @@ def test_mixed_number_formats_are_refused():
 
 def test_torch_lends_its_threads():
     assert cpu_ops.openmp_parallel() != 0
+
+
+# ---- products and attention ------------------------------------------------------------------------------------------
+
+
+def product_bound(dtype):
+    return {torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("shape", "out"), [((1, 1, 1, 1, 3), 5), ((2, 3, 7, 5, 24), 40), ((1, 4, 16, 16, 64), 64)])
+@torch.inference_mode()
+def test_products_are_those_of_the_definition(shape, out, residual, dtype):
+    x, _, bias, normal = parts(shape, dtype)
+    ops, plain = cpu_ops.CpuOps(), PlainOps()
+    channels = shape[-1]
+    bias = normal(out)
+    spatial, temporal, linear = normal(out, channels, 3, 3), normal(out, channels, 3), normal(out, channels)
+    for name, weight, options, size in (
+        ("spatial_conv", spatial, {}, shape[:-1]),
+        ("temporal_conv", temporal, {}, shape[:-1]),
+        ("temporal_conv", temporal, {"upsample": 2}, (shape[0], 2 * shape[1], *shape[2:-1])),
+        ("linear", linear, {}, shape[:-1]),
+    ):
+        added = normal(*size, out) if residual else None
+        wide = plain.__getattribute__(name)(
+            x.double(), weight.double(), bias.double(), residual=None if added is None else added.double(), **options
+        )
+        for _ in range(2):  # the first call reorders the weight, the second finds it
+            result = getattr(ops, name)(x, weight, bias, residual=added, **options)
+            assert result.dtype == dtype and result.is_contiguous()
+            assert rel_rms(result, wide) < product_bound(dtype)
+
+
+@torch.inference_mode()
+def test_weights_in_other_layouts_go_with_their_weights():
+    """A new weight at an old one's place in memory must not be answered with the old one's copy."""
+    x, _, _, normal = parts((1, 2, 4, 4, 16), torch.float32)
+    ops = cpu_ops.CpuOps()
+    for _ in range(20):
+        weight, conv = normal(16, 16), normal(16, 16, 3, 3)
+        assert rel_rms(ops.linear(x, weight, None), PlainOps().linear(x, weight, None)) < 1e-6
+        assert rel_rms(ops.spatial_conv(x, conv, None), PlainOps().spatial_conv(x, conv, None)) < 1e-6
+        del weight, conv
+    assert not ops._packed
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("sequences", "queries", "keys", "heads", "head_dim"),
+    [(1, 1, 1, 1, 16), (40, 64, 64, 4, 32), (2, 300, 24, 6, 32), (3, 7, 5, 2, 64), (2, 9, 33, 3, 8),
+     (1, 5, 600, 1, 32)],
+)  # fmt: skip
+@torch.inference_mode()
+def test_attention_is_that_of_the_definition(sequences, queries, keys, heads, head_dim, masked, dtype):
+    _, _, _, normal = parts((1, 1, 1, 1, 1), dtype)
+    width = heads * head_dim
+    q, (k, v) = normal(sequences, queries, width), normal(sequences, keys, 2 * width).chunk(2, -1)
+    mask = None
+    if masked:
+        mask = torch.arange(keys)[None] % 3 != 1
+    expected = PlainOps().attention(q.double(), k.double(), v.double(), heads, mask)
+    result = cpu_ops.CpuOps().attention(q, k, v, heads, mask)
+    assert result.dtype == dtype and result.is_contiguous()
+    plain = rel_rms(PlainOps().attention(q, k, v, heads, mask), expected)
+    assert rel_rms(result, expected) < 2 * plain + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@torch.inference_mode()
+def test_attention_over_frames_reads_them_in_place(dtype):
+    _, _, _, normal = parts((1, 1, 1, 1, 1), dtype)
+    qkv = normal(2, 10, 7, 3 * 64)
+    expected = PlainOps().temporal_attention(qkv.double(), 2)
+    result = cpu_ops.CpuOps().temporal_attention(qkv, 2)
+    assert result.is_contiguous()
+    assert rel_rms(result, expected) < {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+
+
+@torch.inference_mode()
+def test_attention_does_not_hide_what_is_not_finite():
+    q, k, v = (torch.ones(1, 4, 32) for _ in range(3))
+    for part in (q, k, v):
+        part[0, 1, 3] = float("nan")
+        assert cpu_ops.CpuOps().attention(q, k, v, 1).isnan().any()
+        part[0, 1, 3] = 1.0
+
+
+@torch.inference_mode()
+def test_bits_of_products_do_not_depend_on_neighbours():
+    """Rows of an engine's call are computed one by one; a packed weight must not make them differ between calls."""
+    x, _, _, normal = parts((1, 4, 8, 8, 32), torch.bfloat16)
+    weight, bias = normal(32, 32, 3, 3), normal(32)
+    ops = cpu_ops.CpuOps()
+    first = ops.spatial_conv(x, weight, bias, residual=x)
+    assert torch.equal(first, ops.spatial_conv(x, weight, bias, residual=x))
+    assert torch.equal(first, cpu_ops.CpuOps().spatial_conv(x, weight, bias, residual=x))

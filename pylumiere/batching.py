@@ -327,7 +327,8 @@ class Call:
 
 
 class Lanes:
-    """Threads that compute parts of calls. They start with the first call and hold nothing while they wait.
+    """Threads that compute parts of calls, and embed prompts. They start with the first call and hold nothing while
+    they wait.
 
     Args:
         count: parts that are computed at once.
@@ -355,6 +356,18 @@ class Lanes:
         for part in parts:
             self._queue.put(functools.partial(self._compute, call, part))
         return len(parts)
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Runs a function that raises nothing in one of the lanes, with a lane's threads."""
+        if not self._threads:
+            self._start()
+
+        def once() -> None:
+            if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
+                torch.set_num_threads(self.num_threads)  # of this thread; results may depend on it
+            function()
+
+        self._queue.put(once)
 
     def in_each(self, function: Callable[[int | None, int | None], None]) -> None:
         """Runs `function(num_threads, part_rows)` once in every lane, and waits; raises what it raised."""

@@ -8,6 +8,7 @@ least is next, and inside a bucket clips take turns. So a long request does not 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import threading
 import time
@@ -362,7 +363,36 @@ class Scheduler:
         if order.plan is None:
             self._enter(work, self.pipeline.ssr(order.last, order.feed, order.seed))
             return
-        work.text = self.pipeline.embed(order.plan)
+        with self.lock:
+            self._in_flight += 1
+        self._lanes.run(functools.partial(self._embed, work))
+
+    def _embed(self, work: _Work) -> None:
+        """Embeds a request's prompts, in a lane: it takes as long as a network call, and this thread has others to
+        serve."""
+        error = None
+        try:
+            if not work.job.done:
+                work.text = self.pipeline.embed(work.job._order.plan)
+        except BaseException as failed:
+            error = failed
+        with self.lock:
+            self._in_flight -= 1
+            self._commands.append(functools.partial(self._begin_base, work, error))
+            self.notify()
+
+    def _begin_base(self, work: _Work, error: BaseException | None) -> None:
+        if work not in self._running or work.job.done:
+            return  # it ended meanwhile
+        try:
+            if error is not None:
+                raise error
+            self._enter_base(work)
+        except BaseException as failed:
+            self._end(work, failed)
+
+    def _enter_base(self, work: _Work) -> None:
+        order = work.job._order
         work.job._lap("text")
         self._enter(work, self.pipeline.base(order.plan, work.text))
         if order.is_chained:

@@ -271,6 +271,47 @@ def test_cancel_frees_the_slot_while_the_call_still_runs(engine, monkeypatch):
     assert gate.rows == 2
 
 
+def test_embedding_prompts_holds_up_neither_a_cancel_nor_its_own(engine, monkeypatch):
+    """It happens in a lane: others come, go and end meanwhile, and a job that is cancelled during it ends at once."""
+    begun, go_on = threading.Event(), threading.Event()
+    embed = type(engine._pipeline).embed
+
+    def slow(pipeline, plan):
+        if plan.request.prompt == "slow":
+            begun.set()
+            assert go_on.wait(30)
+        return embed(pipeline, plan)
+
+    monkeypatch.setattr(type(engine._pipeline), "embed", slow)
+    job = engine.submit("slow", seed=1)
+    assert begun.wait(30)
+    other = engine.submit("another", seed=1, num_inference_steps=50)
+    assert other.cancel()
+    assert engine.generate("x", seed=2) is not None, "the other lane computes"
+    assert job.cancel()
+    until = time.monotonic() + 10
+    while engine.metrics()["requests"]["running"] and time.monotonic() < until:
+        time.sleep(0.005)
+    assert engine.metrics()["requests"]["running"] == 0 and not go_on.is_set()
+    go_on.set()
+    assert engine.generate("slow", seed=3) is not None
+
+
+def test_an_error_while_embedding_ends_its_own_request(engine, monkeypatch):
+    embed = type(engine._pipeline).embed
+
+    def failing(pipeline, plan):
+        if plan.request.prompt == "fails":
+            raise OSError("no such tokenizer")
+        return embed(pipeline, plan)
+
+    monkeypatch.setattr(type(engine._pipeline), "embed", failing)
+    good, bad = engine.submit("x", seed=1), engine.submit("fails", seed=1)
+    with pytest.raises(OSError, match="no such tokenizer"):
+        bad.result(60)
+    good.result(60)
+
+
 def test_cancel_while_a_call_waits_for_its_input(engine):
     """The call has been chosen and not sent; its buffers go with the clip."""
     release, errors = threading.Event(), []

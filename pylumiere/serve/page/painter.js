@@ -55,6 +55,7 @@ class Painter {
       canvas.height = Math.max(1, Math.round(height * scale));
     }
     this.picture.getContext("2d").drawImage(source, 0, 0, this.picture.width, this.picture.height);
+    this.box.style.maxWidth = `calc(46vh * ${width / height})`;
     this.stripes = stripes(this.mask);
     this.at = [this.mask.width / 2, this.mask.height / 2];
   }

@@ -59,9 +59,9 @@ class CpuOps(PlainOps):
             return _CONV(v, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
         return _CONV.binary(v, residual, packed, bias, padding, stride, (1, 1), 1, "add", None, None, [], None)
 
-    def _matmul(self, x, weight, bias, residual):
+    def matmul(self, x, weight, bias, residual=None):
         if not _runs_on_onednn(x):
-            return super()._matmul(x, weight, bias, residual)
+            return super().matmul(x, weight, bias, residual)
         packed = self._packed.get(id(weight))
         if packed is None:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1])

@@ -30,6 +30,7 @@ class TorchBackend:
         device, dtype: where and in what number format the networks compute. Samples and predictions are float32.
         num_threads: of one call on the CPU.
         weight_bytes: of both networks, as they are held.
+        packed_bytes: of the copies in oneDNN's layout that the first calls make; CPU only.
         fingerprint: of the base's weights; what a style was made for.
     """
 
@@ -45,6 +46,8 @@ class TorchBackend:
             self._networks["ssr"] = self._prepare(checkpoint.config.ssr.network, checkpoint.ssr)
         tensors = [tensor for network in self._networks.values() for tensor in network.state_dict().values()]
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
+        on_cpu = self.device.type == "cpu"
+        self.packed_bytes = sum(tensor.nbytes for tensor in tensors if tensor.ndim > 1) if on_cpu else 0
         self.fingerprint = fingerprint(checkpoint.base)
         self._styled: OrderedDict[StyleChoice, STUNet] = OrderedDict()
         self._lock = threading.Lock()

@@ -93,7 +93,7 @@ class ResnetBlock(nn.Module):
         self.temporal_shift = shift
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        scale, shift = self.modulation(ctx.emb).chunk(2, -1)
+        scale, shift = ctx.ops.matmul(ctx.emb, self.modulation.weight, self.modulation.bias).chunk(2, -1)
         skip = x if self.shortcut is None else ctx.ops.linear(x, self.shortcut.weight, self.shortcut.bias)
         h = ctx.ops.spatial_conv(
             x, self.conv1.weight, self.conv1.bias, norm=self.norm1.spec, silu=True, temporal_shift=self.temporal_shift
@@ -159,10 +159,10 @@ class SpatialTransformer(nn.Module):
             x = ctx.ops.linear(h, self.out1.weight, self.out1.bias, residual=x)
         if self.has_cross:
             q = ctx.ops.linear(x, self.query.weight, self.query.bias, norm=self.norm2.spec).view(batch, -1, channels)
-            k, v = self.key_value(ctx.text).chunk(2, -1)
+            k, v = ctx.ops.matmul(ctx.text, self.key_value.weight, self.key_value.bias).chunk(2, -1)
             h = ctx.ops.attention(q, k, v, self.num_heads, ctx.text_mask).view(x.shape)
             x = ctx.ops.linear(h, self.out2.weight, self.out2.bias, residual=x)
-        scale, shift = self.modulation(ctx.emb).chunk(2, -1)
+        scale, shift = ctx.ops.matmul(ctx.emb, self.modulation.weight, self.modulation.bias).chunk(2, -1)
         h = ctx.ops.linear(x, self.up.weight, self.up.bias, norm=self.norm3.spec, scale=scale, shift=shift)
         return ctx.ops.linear(h, self.down.weight, self.down.bias, silu=True, residual=x)
 
@@ -178,7 +178,7 @@ class ConvolutionInflationBlock(nn.Module):
         self.proj = _zero_linear(channels, channels)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        scale, shift = self.modulation(ctx.emb).chunk(2, -1)
+        scale, shift = ctx.ops.matmul(ctx.emb, self.modulation.weight, self.modulation.bias).chunk(2, -1)
         h = ctx.ops.spatial_conv(x, self.spatial.weight, self.spatial.bias, norm=self.norm1.spec, silu=True)
         h = ctx.ops.temporal_conv(
             h, self.temporal.weight, self.temporal.bias, norm=self.norm2.spec, scale=scale, shift=shift, silu=True
@@ -213,7 +213,7 @@ class AttentionInflationBlock(nn.Module):
             qkv = ctx.ops.linear(h, layer.qkv.weight, layer.qkv.bias, norm=layer.norm1.spec)
             a = ctx.ops.temporal_attention(qkv.flatten(2, 3), self.num_heads).view(h.shape)
             h = ctx.ops.linear(a, layer.out.weight, layer.out.bias, residual=h)
-            scale, shift = layer.modulation(ctx.emb).chunk(2, -1)
+            scale, shift = ctx.ops.matmul(ctx.emb, layer.modulation.weight, layer.modulation.bias).chunk(2, -1)
             f = ctx.ops.linear(h, layer.up.weight, layer.up.bias, norm=layer.norm2.spec, scale=scale, shift=shift)
             h = ctx.ops.linear(f, layer.down.weight, layer.down.bias, silu=True, residual=h)
         return ctx.ops.linear(h, self.proj.weight, self.proj.bias, residual=x)

@@ -141,7 +141,7 @@ class PlainOps:
         residual: Tensor | None = None,
     ) -> Tensor:
         """A linear layer on the channels of [B, T, H, W, C], with the same prologue and epilogue."""
-        return self._matmul(self.activate(x, norm, scale, shift, silu), weight, bias, residual)
+        return self.matmul(self.activate(x, norm, scale, shift, silu), weight, bias, residual)
 
     def _conv2d(
         self,
@@ -156,7 +156,8 @@ class PlainOps:
         y = F.conv2d(v, weight if weight.ndim == 4 else weight.unsqueeze(-1), bias, stride, padding)
         return y if residual is None else y + residual
 
-    def _matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x [..., C] weight^T + bias + residual: a linear layer alone, of any shape."""
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
 

@@ -666,7 +666,13 @@ def _token(request: Request) -> str | None:
 async def _parsed(request: Request, model: type[BaseModel], limits: Limits) -> tuple[Any, Files]:
     """The body as a model, and the files that came with it."""
     fields, files, are_texts = await _fields(request, _FILES[model], limits)
-    return schema.validated(model, fields, are_texts=are_texts), files
+    parsed = schema.validated(model, fields, are_texts=are_texts)
+    if request.headers["content-type"].lower().startswith("multipart"):
+        body = await request.body()
+        for name, value in fields.items():  # the parser takes bytes that are no UTF-8 for Latin-1
+            if isinstance(value, str) and not value.isascii() and value.encode() not in body:
+                raise ApiError(400, f"field {name[:60]!r} is no UTF-8", code="invalid_form", param=name[:60])
+    return parsed, files
 
 
 async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) -> tuple[dict[str, Any], Files, bool]:
@@ -705,8 +711,6 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
                     raise _given_twice(name)
                 files[name] = await value.read()
                 continue
-            if kind == "multipart/form-data" and not _is_in(value, body):  # the parser takes other bytes for Latin-1
-                raise ApiError(400, f"field {name[:60]!r} is no UTF-8", code="invalid_form", param=name[:60])
             nested = re.fullmatch(r"(\w+)\[(-?\w+)\]", name)  # how OpenAI's client writes an object into a form
             target = fields.setdefault(nested[1], {}) if nested else fields
             name = nested[2] if nested else name
@@ -720,13 +724,6 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
         if name in fields:
             raise _given_twice(name)
     return fields, files, True
-
-
-def _is_in(text: str, body: bytes) -> bool:
-    try:
-        return text.encode() in body
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
 
 
 def _given_twice(name: str) -> ApiError:

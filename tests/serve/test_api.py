@@ -311,6 +311,13 @@ def test_bad_bodies(server):
         answer = post("/v1/videos", content=form, headers={"Content-Type": "multipart/form-data; boundary=x"})
         assert answer.status_code == 400, (form, answer.text)
     assert post("/v1/videos", content=b"", headers={"Content-Type": "multipart/form-data"}).status_code == 400
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    part = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+    for text, wrong in [(part + "ä".encode() + b"\r\n", "no end"), (part + b"\xe4\r\n--x--\r\n", "no UTF-8")]:
+        answer = post("/v1/videos", content=text, headers=head)
+        assert answer.status_code == 400 and wrong in answer.json()["error"]["message"], answer.text
+    whole = post("/v1/videos", content=part + "ä".encode() + b"\r\n--x--\r\n", headers=head)
+    assert whole.json()["prompt"] == "ä"
     twice = [("prompt", (None, "a")), ("prompt", (None, "b"))]
     assert "twice" in post("/v1/videos", files=twice).json()["error"]["message"]
     other = post("/v1/videos", files={"prompt": (None, "a"), "video": ("../../etc/passwd", b"x")})

@@ -48,7 +48,7 @@ class CallShape:
     height: int
     width: int
     guided: bool
-    owner: int = 0  # of a clip that shares with nobody, because its input may be late; 0: shared
+    owner: int = 0  # of a clip that shares with nobody, because its input may be late; 0: shared; -1: to be lent
     style: StyleChoice | None = None  # weights
 
 
@@ -94,6 +94,7 @@ class Bucket:
         self.runs: dict[int, StageRun] = {}
         self.call: Call | None = None
         self.service = 0.0  # seconds of a lane that each clip here has had
+        self.is_spare = False  # it goes back to those that are lent when its clip has ended
 
     def _operand(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         calls = self._device_calls

@@ -38,7 +38,7 @@ from pylumiere.memory import (
 )
 from pylumiere.pipeline import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
-from pylumiere.scheduling import Scheduler, call_shape
+from pylumiere.scheduling import SPARE, Scheduler, call_shape
 from pylumiere.styles import Style, StyleChoice, find_style, read_style, style_names
 from pylumiere.video import Video
 from pylumiere.windows import memory_bytes
@@ -97,6 +97,7 @@ class Engine:
         if on_cpu and memory_budget is not None:
             self._pipeline.encoder.encode([""])  # its weights are read at the first prompt
             fixed["process"] = max(0, resident_bytes() - self._backend.weight_bytes) + LIBRARY_BYTES
+            fixed["weights"] += getattr(self._backend, "packed_bytes", 0)  # made at the first calls
         budget = Budget(memory_budget, fixed)
         budget.check()
         self._scheduler = Scheduler(
@@ -274,18 +275,20 @@ class Engine:
 
         Args:
             shapes: fields of requests that decide the shape of network calls: num_frames, height, width, guidance_scale
-                (1 or not), window_frames, window_overlap. {} is the model's defaults.
+                (1 or not), window_frames, window_overlap. {} is the model's defaults. A clip longer than the base's
+                window prepares the calls of one such clip, or of one `upscale` of that size, at a time.
 
         Raises:
             InvalidRequest, BudgetExceeded: a shape that the model does not make, or that does not fit.
         """
         begun = time.monotonic()
-        stages = []
+        calls = {}
         for fields in shapes:
             order, _ = self._ordered(_request("warm up", {"seed": 0, **fields}))
-            stages += [order.last] if order.plan.ssr is None else [order.plan.base, order.last]
-        distinct = {call_shape(stage): stage for stage in stages}
-        self._scheduler.warm_up([(stage, self._call_bytes(stage)) for stage in distinct.values()])
+            if order.plan.ssr is not None:
+                calls[call_shape(order.plan.base)] = self._call_bytes(order.plan.base)
+            calls[call_shape(order.last, SPARE if order.is_chained else 0)] = self._call_bytes(order.last)
+        self._scheduler.warm_up(calls)
         self._pipeline.encoder.encode(["warm up"])
         return time.monotonic() - begun
 

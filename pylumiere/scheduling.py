@@ -13,8 +13,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pylumiere.backends.graphs import DeviceCalls
 
 logger = logging.getLogger("pylumiere")
+
+SPARE = -1  # owner of a warm bucket that is lent to one clip after the other, of those that share with nobody
 
 
 @dataclass(eq=False)
@@ -183,25 +185,28 @@ class Scheduler:
                        job.metadata["seed"], f", {job._error}" if job._error else "")  # fmt: skip
         self.notify()
 
-    def warm_up(self, stages: Iterable[tuple[StagePlan, CallBytes]]) -> None:
-        """Makes the buffers of these stages' calls and computes each once in every lane; they stay. On a GPU captures
-        them as graphs, largest first. Waits; what runs goes on afterwards.
+    def warm_up(self, calls: dict[CallShape, CallBytes]) -> None:
+        """Makes the buffers of these calls and computes each once in every lane; they stay. On a GPU captures them as
+        graphs, largest first. Waits; what runs goes on afterwards.
 
         Raises:
             BudgetExceeded: they do not fit.
         """
-        stages = sorted(stages, key=lambda item: item[1].buffers + item[1].activations, reverse=True)
+        by_size = sorted(calls.items(), key=lambda item: item[1].buffers + item[1].activations, reverse=True)
         finished: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def prepare() -> None:
             warm, shapes, fixed = dict(self.budget.warm), set(self._warm), dict(self.budget.fixed)
             try:
-                self.budget.warm.update((call_shape(stage), size) for stage, size in stages)
+                self.budget.warm.update(calls)
                 self.budget.check()
                 graphs = []
-                for stage, size in stages:
-                    bucket = self._bucket(call_shape(stage))
-                    self._warm.add(bucket.shape)
+                for shape, size in by_size:
+                    if shape in self._warm and shape not in self._buckets:
+                        continue  # a spare one that is lent
+                    bucket = self._bucket(shape)
+                    self._warm.add(shape)
+                    bucket.is_spare = shape.owner == SPARE
                     self._lanes.in_each(bucket.warm_up)
                     of_one = size.activations / bucket.sampler.capacity
                     graphs += [(of_one * windows, bucket, windows) for windows in bucket.graph_sizes()]
@@ -414,6 +419,9 @@ class Scheduler:
         work.tasks_done, work.taken, work.begun, work.is_paused = 0, 0, time.monotonic(), False
 
     def _bucket(self, shape: CallShape) -> Bucket:
+        spare = self._buckets.get(replace(shape, owner=SPARE)) if shape.owner else None
+        if shape not in self._buckets and spare is not None:
+            self._move(spare, shape)
         if shape not in self._buckets:
             self._buckets[shape] = Bucket(
                 self.pipeline.backend, self.pipeline.network(shape.stage), self.pipeline.config.text_tokens, shape,
@@ -421,6 +429,11 @@ class Scheduler:
                 device_calls=self._device_calls,
             )  # fmt: skip
         return self._buckets[shape]
+
+    def _move(self, bucket: Bucket, shape: CallShape) -> None:
+        del self._buckets[bucket.shape]
+        bucket.shape = shape
+        self._buckets[shape] = bucket
 
     def _leave(self, work: _Work) -> None:
         bucket, work.bucket, work.run = work.bucket, None, None
@@ -431,7 +444,14 @@ class Scheduler:
         self._drop_if_idle(bucket)
 
     def _drop_if_idle(self, bucket: Bucket) -> None:
-        if not bucket.runs and (bucket.call is None or not bucket.call.is_sent) and bucket.shape not in self._warm:
+        if bucket.runs or (bucket.call is not None and bucket.call.is_sent) or bucket.shape in self._warm:
+            return
+        spare = replace(bucket.shape, owner=SPARE)
+        if bucket.is_spare and spare in self._warm and self._buckets.get(bucket.shape) is bucket:
+            if bucket.call is not None:
+                bucket.complete()  # nobody's any more
+            self._move(bucket, spare)
+        else:
             self._buckets.pop(bucket.shape, None)
 
     def _end(self, work: _Work, error: BaseException | None = None) -> None:

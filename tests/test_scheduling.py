@@ -442,7 +442,7 @@ def test_storm(engine):
 # ---- warm-up ---------------------------------------------------------------------------------------------------------
 
 WARM_TEST = """
-import ctypes, sys, threading
+import ctypes, sys, threading, time
 import torch
 torch.set_num_threads(2)
 from pylumiere.engine import Engine
@@ -452,7 +452,7 @@ def mark(text):
     print("==", text, flush=True)
 
 with Engine.load(sys.argv[1], precision=sys.argv[2]) as engine:
-    engine.warm_up([{}, {"num_frames": 4, "guidance_scale": 1.0}])
+    engine.warm_up([{}, {"num_frames": 4, "guidance_scale": 1.0}, {"num_frames": 20}])
     mark("warm")
     threads, buckets = set(threading.enumerate()), dict(engine._scheduler._buckets)
     jobs = [engine.submit("x", seed=seed, **fields) for seed in range(2)
@@ -460,7 +460,17 @@ with Engine.load(sys.argv[1], precision=sys.argv[2]) as engine:
     for job in jobs:
         job.result(60)
     assert set(threading.enumerate()) <= threads, "no thread was started"
-    assert engine._scheduler._buckets == buckets and len(buckets) == 3, "no buffers were made"
+    low = torch.zeros(11, 16, 16, 3, dtype=torch.uint8).numpy()
+    for _ in range(2):  # a clip in both stages at once, and super-resolution alone: with calls of their own
+        engine.generate("x", seed=1, num_frames=20)
+        list(engine.upscale(low))
+        stream = engine.upscale(low)
+        next(stream)
+        stream.close()
+    deadline = time.monotonic() + 10
+    while engine._scheduler._buckets != buckets and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine._scheduler._buckets == buckets and len(buckets) == 4, "no buffers were made"
     mark("new")
     engine.generate("x", seed=1, num_frames=6)
     mark("end")

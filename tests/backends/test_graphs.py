@@ -140,6 +140,30 @@ def test_long_clips_and_company_on_a_device_give_the_cpus_bytes(folder, monkeypa
         assert np.array_equal(upscaled, np.concatenate(expected))
 
 
+def test_calls_of_ones_own_find_their_graph(folder, monkeypatch):
+    """Of clips that are in both stages at once, and of `upscale`. A second one at a time goes without a graph."""
+    low = np.zeros((11, 16, 16, 3), np.uint8)
+    with Engine.load(folder, precision="fp32", max_batch=2, reproducible=True) as engine:
+        device = with_fake_device(engine)
+        engine._scheduler._fixed_batch = True
+        engine.warm_up([{}, {"num_frames": 24}])
+        assert device.captured == 3, "base, and the super-resolution that is shared and that is lent"
+        for _ in range(2):
+            runs, replayed = device.runs, device.replayed
+            engine.generate("x", seed=1, num_frames=24)
+            list(engine.upscale(iter(low)))
+            assert device.replayed - replayed == device.runs - runs > 0
+        assert engine.metrics()["call_shapes"] == 3
+        first = engine.upscale(iter(low))
+        next(first)
+        engine.generate("x", seed=1, num_frames=24)
+        list(first)
+        runs, replayed = device.runs, device.replayed
+        list(engine.upscale(iter(low)))
+        assert device.replayed - replayed == device.runs - runs > 0, "it came back"
+        assert engine.metrics()["call_shapes"] == 3 and device.captured == 3
+
+
 @pytest.mark.parametrize("fails", ["nan", "memory"])
 def test_a_clip_that_fails_on_the_device_ends_alone(folder, fails, monkeypatch):
     with Engine.load(folder, precision="fp32", max_batch=2) as engine:

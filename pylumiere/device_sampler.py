@@ -12,6 +12,7 @@ the step of the others is made up for.
 
 Results are those of `windows.BatchSampler`, bit for bit; with guidance rescale to rounding, because sums over a frame
 are added in another order. On the device "cpu", with `graphs.HostCalls`, all of it runs on the reference of the step.
+Tests have run that, and the kernel in Triton's interpreter; no GPU has run it yet.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Need:
     """What a request takes while it runs.
 
     Attributes:
-        own: frame states, conditioning, frames that wait: of this request alone.
+        own: frame states, conditioning, frames that wait: of this request alone. On a GPU its rings of frame states:
+            bytes of the device.
         calls: by call shape; shared with other requests.
     """
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from pylumiere.config import STUNetConfig
-from pylumiere.device_sampler import DeviceSampler
 from pylumiere.errors import InvalidRequest
 from pylumiere.pipeline import StageRun
 from pylumiere.styles import StyleChoice
@@ -79,6 +78,8 @@ class Bucket:
             values = shape.frames * shape.height * shape.width * 3
             self.sampler = BatchSampler(**options, num_threads=backend.num_threads if values > 2**21 else 1)
         else:
+            from pylumiere.device_sampler import DeviceSampler  # here, because a CPU may have no Triton
+
             self.sampler = DeviceSampler(**options, device=device, calls=device_calls)
             self._given = self._operand("given", (capacity, shape.frames, *frame[:2], network.in_channels - 3))
         with contextlib.nullcontext() if device_calls is None else device_calls.computing():

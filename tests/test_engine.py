@@ -7,6 +7,8 @@ import dataclasses
 import gc
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -512,3 +514,12 @@ def test_budget(folder):
     for wrong in (0, -5, True, "4 apples", "0"):
         with pytest.raises(InvalidRequest, match="memory_budget="):
             Engine.load(folder, memory_budget=wrong)
+
+
+def test_a_cpu_engine_needs_no_triton(folder):
+    """The CPU build of torch brings none, and `make demo` installs none."""
+    code = (
+        "import sys; from pylumiere.engine import Engine; "
+        f"Engine.load({str(folder)!r}).generate('x', num_inference_steps=1); sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, when installed from one
+_SOURCES = {".py", ".cpp", ".hpp", ".cu", ".cuh"}
 
 
 def machine_facts() -> dict:
@@ -23,10 +26,7 @@ def machine_facts() -> dict:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
     for package in ("torch", "triton", "numpy"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = None
+        facts[package] = package_version(package)
     import torch
 
     facts["threads"] = torch.get_num_threads()
@@ -34,6 +34,30 @@ def machine_facts() -> dict:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def source_hash(paths: Iterable[str]) -> str | None:
+    """Of the Python and C++ sources under these paths of the repository: what a row measured, whatever the commit.
+
+    None where there is no checkout.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        place = ROOT / path
+        if not place.exists():
+            return None
+        files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in _SOURCES)
+        for file in files:
+            digest.update(f"{file.relative_to(ROOT)}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def append_row(path: Path, row: dict) -> None:

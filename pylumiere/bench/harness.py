@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pylumiere.bench.facts import append_row
@@ -141,19 +142,32 @@ def _cpu_seconds(call: Callable[[], Any]) -> float:
 
 
 def measure_device(device: str) -> dict[str, float]:
-    """What the device reaches at its best: bytes/s of a copy (reads plus writes) and FLOP/s of a product.
+    """What the device reaches at its best: bytes/s of a copy (reads plus writes) and FLOP/s of products.
 
-    The product is in bf16 on a GPU, else in fp32.
+    `matmul_flops_per_s` is the product's in bf16 on a GPU, else in fp32; on a CPU both have their own entries, too.
+    There the better of a matrix product and a large convolution counts, since PyTorch's libraries for the two differ.
     """
-    size, side, dtype = (2**30, 8192, torch.bfloat16) if device == "cuda" else (2**27, 1536, torch.float32)
+    size, side = (2**30, 8192) if device == "cuda" else (2**27, 1536)
     source = torch.empty(size, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    timings = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device)
-    return {
-        "copy_bytes_per_s": 2 * size / timings["copy"].best,
-        "matmul_flops_per_s": 2 * side**3 / timings["matmul"].best,
-    }
+    functions: dict[str, Callable] = {"copy": lambda: target.copy_(source)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name == "bf16" or device == "cpu":
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            functions[name] = lambda a=a, b=b: a @ b
+        if device == "cpu":
+            x = torch.randn(8, 256, 32, 32).to(dtype, memory_format=torch.channels_last)
+            w = torch.randn(256, 256, 3, 3).to(dtype, memory_format=torch.channels_last)
+            functions[f"{name} convolution"] = lambda x=x, w=w: F.conv2d(x, w, padding=1)
+    timings = measure(functions, device)
+    rates = {name: 2 * side**3 / timings[name].best for name in ("fp32", "bf16") if name in timings}
+    for name in rates:
+        if (convolution := timings.get(f"{name} convolution")) is not None:
+            rates[name] = max(rates[name], 2 * 8 * 256 * 32 * 32 * 256 * 9 / convolution.best)
+    found = {"copy_bytes_per_s": 2 * size / timings["copy"].best, "matmul_flops_per_s": next(iter(rates.values()))}
+    if device == "cpu":
+        found |= {f"matmul_{name}_flops_per_s": rate for name, rate in rates.items()}
+    return found
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
@@ -170,20 +184,22 @@ def check(case: Case, rivals: dict[str, Callable[[], Tensor]]) -> tuple[float, f
     return rel_rms(actual, expected), allowed, actual
 
 
-def report(op: str, case: Case, site: Site, bounds: dict[str, float], vs: set[str], path: Path | None) -> bool:
-    """Check, time and print one case. A wrong result is reported, not timed, and gives False."""
+def report(
+    op: str, case: Case, site: Site, bounds: dict[str, float], vs: set[str], emit: Callable[[dict], None]
+) -> bool:
+    """Check, time and print one case; `emit` takes its rows. A wrong result is reported, not timed, and gives False."""
     rivals = _rivals(op, case, site, vs)
     error, allowed, actual = check(case, rivals)
-    row = {"op": op, "case": case.name, "device": site.device, "dtype": str(actual.dtype), "error": error}
+    row = {"bench": "ops", "op": op, "case": case.name, "device": site.device, "dtype": str(actual.dtype)}
+    row["error"] = error
     is_correct = error <= allowed
     if not is_correct or site.size == "smoke":
         told = "correct" if is_correct else "WRONG"
         print(f"{op} {case.name}: {told}, relative RMS error {error:.2e}, allowed {allowed:.2e}; not timed", flush=True)
-        if path:
-            append_row(path, {**row, "correct": is_correct, "smoke": site.size == "smoke"})
+        emit({**row, "correct": is_correct, "smoke": site.size == "smoke"})
         return is_correct
     bound = case.cost.seconds(bounds["matmul_flops_per_s"], bounds["copy_bytes_per_s"])
-    ours = "pylumiere" if site.runs_kernels else "reference"
+    ours = "pylumiere" if site.runs_kernels or op == "layers" else "reference"
     try:
         timings = measure({ours: case.run, **rivals}, site.device)
     except RuntimeError as error:  # a rival that runs, but not in a captured graph
@@ -197,15 +213,14 @@ def report(op: str, case: Case, site: Site, bounds: dict[str, float], vs: set[st
             f"{100 * bound / seconds:5.1f} % of the bound | {seconds / timings[ours].median:5.2f} x {ours}",
             flush=True,
         )
-        if path:
-            measured = {"provider": provider, "seconds": timing.median, "spread": timing.spread, "bound": bound}
-            append_row(path, {**row, **measured, **bounds, "correct": True})
+        measured = {"provider": provider, "seconds": timing.median, "spread": timing.spread, "bound": bound}
+        emit({**row, **measured, **bounds, "correct": True})
     return True
 
 
 def _rivals(op: str, case: Case, site: Site, vs: set[str]) -> dict[str, Callable[[], Tensor]]:
     """The rivals that are wanted and can run; one that cannot is named, with the reason."""
-    wanted = dict(case.rivals) if "eager" in vs else {}
+    wanted = {name: r for name, r in case.rivals.items() if ("diffusers" if name == "diffusers" else "eager") in vs}
     source = case.compiled or case.rivals.get("eager")
     if "compile" in vs and source is not None and site.size != "smoke":
         torch._dynamo.reset()  # its limit of recompilations is per function, and shapes are many

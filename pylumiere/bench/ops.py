@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pylumiere.bench import against as comparison
+from pylumiere.bench.facts import append_row, source_hash
 from pylumiere.errors import InvalidRequest, UnsupportedDevice
 
 OPS = (
@@ -20,7 +22,8 @@ OPS = (
     "temporal_shift",
     "denoise_step",
 )
-RIVALS = ("eager", "compile")
+LAYERS = "layers"  # made of operators, beside those of other libraries
+RIVALS = ("eager", "compile", "diffusers")
 
 
 def run(
@@ -30,6 +33,7 @@ def run(
     tune: bool = False,
     path: Path | None = None,
     vs: Iterable[str] | None = None,
+    against: Path | None = None,
 ) -> int:
     """Check and time operators; 0 if all results were right, else 1.
 
@@ -38,16 +42,22 @@ def run(
         smoke: a few values, checked but not timed; without a GPU by the kernels in Triton's interpreter.
         tune: time candidate tiles and print the best as rows for kernels/tuning.py.
         path: append a JSON line per measurement here.
-        vs: rivals, of RIVALS; None means both on a GPU, and "eager" on a CPU.
+        vs: rivals, of RIVALS; None means all on a GPU, and all but "compile" on a CPU.
+        against: rows of an earlier run; 1 is returned too where we have become slower beside eager PyTorch.
 
     Raises:
         InvalidRequest: an unknown operator or rival.
         UnsupportedDevice: tiles cannot be searched for without a GPU, or Triton is missing.
     """
-    for kind, names, known in (("--op", ops, OPS), ("--vs", vs or (), RIVALS)):
+    for kind, names, known in (("--op", ops, (*OPS, LAYERS)), ("--vs", vs or (), RIVALS)):
         for name in names:
             if name not in known:
                 raise InvalidRequest(f"{kind} {name!r} is not one of {', '.join(known)}")
+    if tune and LAYERS in ops:
+        raise InvalidRequest(f"--tune --op {LAYERS}: tiles are the operators'; name one of {', '.join(OPS)}")
+    if against is not None and (smoke or tune):
+        raise InvalidRequest("--against compares times; --smoke and --tune give none")
+    earlier = comparison.read(against) if against is not None else None
     if importlib.util.find_spec("triton") is None:
         raise UnsupportedDevice("bench ops needs the package triton; install pylumiere[export]")
     import torch
@@ -61,14 +71,20 @@ def run(
 
     site = harness.Site(device, "smoke" if smoke else "full" if device == "cuda" else "small")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rivals = set(vs) if vs is not None else set(RIVALS if device == "cuda" else RIVALS[:1])
+    rivals = set(vs) if vs is not None else {*RIVALS} - (set() if device == "cuda" else {"compile"})
     bounds = {} if smoke or tune else harness.measure_device(device)
     if bounds:
         copy, matmul = bounds["copy_bytes_per_s"], bounds["matmul_flops_per_s"]
         print(f"bounds measured here: copy {copy / 1e9:.4g} GB/s, matmul {matmul / 1e12:.3g} TFLOP/s", flush=True)
-    wrong = 0
+    wrong, rows = 0, []
+
+    def emit(row: dict) -> None:
+        rows.append(row | {"source": source_hash(_sources(row["op"]))})
+        if path is not None:
+            append_row(path, rows[-1])
+
     with torch.inference_mode():
-        for op in ops or OPS:
+        for op in ops or (OPS if tune else (*OPS, LAYERS)):
             module = importlib.import_module(f"pylumiere.bench.cases.{op}")
             torch.manual_seed(0)
             for case in module.cases(site):
@@ -77,8 +93,14 @@ def run(
                 if tune:
                     harness.tune(module.TABLE, case, site, path)
                 else:
-                    wrong += not harness.report(op, case, site, bounds, rivals, path)
-    return 1 if wrong else 0
+                    wrong += not harness.report(op, case, site, bounds, rivals, emit)
+    slower = comparison.report(rows, earlier) if earlier is not None else 0
+    return 1 if wrong or slower else 0
+
+
+def _sources(op: str) -> tuple[str, ...]:
+    shared = ("kernels/implicit_gemm.py", "kernels/launching.py", "kernels/tuning.py", f"pylumiere/bench/cases/{op}.py")
+    return ("kernels", "pylumiere/model", shared[-1]) if op == LAYERS else (f"kernels/{op}.py", *shared)
 
 
 def main(op: str) -> int:
@@ -89,12 +111,13 @@ def main(op: str) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--smoke", action="store_true", help="a few values, checked but not timed; works without a GPU")
     parser.add_argument("--tune", action="store_true", help="measure candidate tiles and print rows for tuning.py")
-    parser.add_argument("--vs", help="rivals: eager, compile, or both with a comma between")
+    parser.add_argument("--vs", help="rivals: eager, compile, diffusers, with commas between")
     parser.add_argument("--json", type=Path, help="append rows here")
+    parser.add_argument("--against", type=Path, help="rows of an earlier run; status 1 if we became slower")
     options = parser.parse_args()
     vs = options.vs.split(",") if options.vs else None
     try:
-        return run([op], smoke=options.smoke, tune=options.tune, path=options.json, vs=vs)
+        return run([op], smoke=options.smoke, tune=options.tune, path=options.json, vs=vs, against=options.against)
     except (InvalidRequest, UnsupportedDevice) as error:
         print(error, file=sys.stderr)
         return 2

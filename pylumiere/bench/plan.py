@@ -71,7 +71,7 @@ class CountingOps(PlainOps):
 
     def activate(self, x, norm, scale, shift, silu):
         if norm is not None:  # its statistics; the rest is done where the operation loads its input
-            self._add("norm statistics", 4 * x.numel(), x)
+            self._add("norm and activation", 4 * x.numel(), x)
         return x
 
     def spatial_conv(self, x, weight, bias, *, residual=None, **options):
@@ -110,6 +110,9 @@ class NetworkPlan:
     @property
     def total(self) -> Cost:
         return sum((cost for costs in self.work.values() for cost in costs), Cost(0, 0))
+
+    def by_kind(self) -> dict[str, Cost]:
+        return {kind: sum(costs, Cost(0, 0)) for kind, costs in self.work.items()}
 
     def seconds(self, chip: Chip) -> float:
         return sum(self.seconds_by_kind(chip).values())
@@ -253,8 +256,12 @@ def to_rows(plan: ClipPlan, chips: list[Chip]) -> list[dict]:
     return rows
 
 
-def to_tables(model: str, plan: ClipPlan, chips: list[Chip], growth: dict[str, dict[str, float]] | None = None):
-    """For a terminal: the networks' cost by kind, one row a chip, and `doubling`'s ratios where given."""
+def to_tables(
+    model: str, plan: ClipPlan, chips: list[Chip], growth: dict[str, dict[str, float]] | None = None,
+    predicted: dict | None = None,
+):  # fmt: skip
+    """For a terminal: the networks' cost by kind, one row a chip; `doubling`'s ratios, and what `predict` says of one
+    machine (machine, predicted and measured seconds by stage), where given."""
     from rich.table import Table
 
     networks = {"base": (plan.base, plan.base_calls), "ssr": (plan.ssr, plan.ssr_calls)}
@@ -281,6 +288,16 @@ def to_tables(model: str, plan: ClipPlan, chips: list[Chip], growth: dict[str, d
             f"{chip.memory / 1e9:.0f}" + ("" if row["fits"] else ", too little"),
         )  # fmt: skip
     tables = [work, time]
+    if predicted is not None:
+        table = Table(title=f"Predicted for {predicted['machine']}", title_justify="left")
+        for heading in ("networks", "predicted s", "measured s", "error"):
+            table.add_column(heading, justify="left" if heading == "networks" else "right")
+        seconds, measured = predicted["predicted"], predicted["measured"] or {}
+        for stage, value in [*seconds.items(), ("clip", sum(seconds.values()))]:
+            real = measured.get(stage, sum(measured.values()) if len(measured) == len(seconds) else 0)
+            told = (f"{real:.2f}", f"{100 * (value / real - 1):+.0f} %") if real else ("", "")
+            table.add_row(stage, f"{value:.2f}", *told)
+        tables.append(table)
     if growth is not None:
         double = Table(title="FLOPs of a base call with an axis doubled, times those before", title_justify="left")
         double.add_column("operation")

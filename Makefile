@@ -61,7 +61,7 @@ $(VENV)/.demo: $(NATIVE) $(VENV)/.torch
 
 $(VENV)/.test: $(NATIVE) $(VENV)/.torch
 	$(BIN)/python -P -c 'import triton' 2>/dev/null || $(INSTALL) "$(TRITON)"
-	$(INSTALL) --no-build-isolation -e '.[dev,export]'
+	$(INSTALL) --no-build-isolation -e '.[dev,export,bench]'
 	@touch $(VENV)/.demo $@
 
 clean:

@@ -49,8 +49,13 @@ def steps(rows: Path, smoke: bool) -> list[Step]:
         found.append(Step("tests marked gpu", [*pytest, "-m", "gpu", *marked], 200))
         kernel_tests = ["tests/kernels", "tests/backends/test_triton.py"]
         found.append(Step("kernel tests", [*pytest, *parallel, "-m", "not gpu", *kernel_tests], 400))
-    found.append(Step("bench forward", _script("stunet", rows, smoke), 400))
+    found.append(Step("bench forward stunet-b", _script("stunet", rows, smoke, "--network", "stunet-b"), 200))
+    found.append(Step("bench forward stunet-l", _script("stunet", rows, smoke, "--network", "stunet-l"), 300))
+    found.append(Step("bench forward ssr-l", _script("stunet", rows, smoke, "--network", "ssr-l"), 200))
+    found.append(Step("bench clip", _script("clip", rows, smoke), 400))
     found += [Step(f"bench {op}", _script(op, rows, smoke), 300) for op in OPS]
+    batches = ("--network", "stunet-b", "--batch", "1", "2", "4", "8", "--compile", "off")
+    found.append(Step("bench batches", _script("stunet", rows, smoke, *batches), 200))
     return found
 
 
@@ -58,8 +63,8 @@ def _has_gpu_tests(path: Path) -> bool:
     return "mark.gpu" in path.read_text()
 
 
-def _script(name: str, rows: Path, smoke: bool) -> list[str]:
-    command = [sys.executable, f"benchmarks/bench_{name}.py", "--json", str(rows)]
+def _script(name: str, rows: Path, smoke: bool, *options: str) -> list[str]:
+    command = [sys.executable, f"benchmarks/bench_{name}.py", "--json", str(rows), *options]
     return [*command, "--smoke"] if smoke else command
 
 
@@ -88,7 +93,7 @@ def table(rows: Path) -> list[str]:
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for line in rows.read_text().splitlines() if rows.exists() else []:
         row = json.loads(line)
-        if "seconds" in row:
+        if "seconds" in row and "provider" in row:
             cases.setdefault((row["op"], row["case"]), {})[row["provider"]] = row
     lines = []
     for (op, case), providers in cases.items():

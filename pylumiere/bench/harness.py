@@ -191,7 +191,7 @@ def report(
     rivals = _rivals(op, case, site, vs)
     error, allowed, actual = check(case, rivals)
     row = {"bench": "ops", "op": op, "case": case.name, "device": site.device, "dtype": str(actual.dtype)}
-    row["error"] = error
+    row |= {"error": error, "flops": case.cost.flops, "bytes": case.cost.bytes}
     is_correct = error <= allowed
     if not is_correct or site.size == "smoke":
         told = "correct" if is_correct else "WRONG"

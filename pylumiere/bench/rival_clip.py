@@ -29,7 +29,6 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
         model: a shipped name or a model folder.
         denoisers: of DENOISERS.
     """
-    import torch
 
     from pylumiere.bench.networks import make_operands
     from pylumiere.bench.rivals import Wrapped, export_onnx, openvino_model
@@ -68,8 +67,7 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
                 else:
                     import openvino
 
-                    with torch.no_grad():
-                        openvino.save_model(openvino_model(network, given), folder / f"{stage}.xml", False)
+                    openvino.save_model(openvino_model(network, given), folder / f"{stage}.xml", False)
         except Exception as error:  # a package that is missing, or an exporter that gives up
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             missing |= dict.fromkeys((name for name in denoisers if name.startswith(family)), reason)

@@ -10,11 +10,14 @@ check finds a wrong result (`SNIPPETS_MODE=DISABLE`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +146,10 @@ def _eager(wrapped, dtype, given, threads):
 
 def _compile(wrapped, dtype, given, threads, mode: str | None = None):
     def form(rows: bool):
+        import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
-        torch._dynamo.reset()  # its limit of recompilations is per function
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # it is per function, and every form is one more
         network = torch.compile(wrapped(dtype, True), mode=mode, dynamic=False)
         call = lambda *part: network(*part)  # noqa: E731
         # Compiled here, by the first call: the generated loops know their number of threads.
@@ -209,9 +213,23 @@ def _openvino(wrapped, dtype, given, threads):
         yield "rows", lambda: form(True)
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' remarks about packages that are not installed and functions that will change."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def export_onnx(network: torch.nn.Module, given: tuple[Tensor, ...], path: Path) -> None:
     """A graph of fixed shapes, as torch's own exporter makes it."""
-    with torch.no_grad():
+    with _quietly():
         torch.onnx.export(network, given, path, dynamo=True, verbose=False, external_data=False)
 
 
@@ -220,7 +238,7 @@ def openvino_model(network: torch.nn.Module, given: tuple[Tensor, ...]):
     os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
     import openvino
 
-    with torch.no_grad():
+    with _quietly():
         return openvino.convert_model(torch.export.export(network, given))
 
 

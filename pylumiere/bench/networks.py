@@ -342,7 +342,7 @@ def _predictions(site: Site, measured: Measured, threads: int) -> list[dict]:
         size = None if side is None else (side, side)
         operands = make_operands(site.checkpoint.config, site.stage, frames=frames, size=size)
         other = Site(site.stage, site.checkpoint, operands, site.expected)
-        predicted = measured.predict(_plan(other))
+        predicted = measured.predict(_plan(other), ROWS)
         timing = measure({"call": engine_call(other, "bf16", threads)}, "cpu")["call"]
         error = predicted / timing.median - 1
         print(

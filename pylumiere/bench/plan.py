@@ -150,12 +150,14 @@ class ClipPlan:
     Attributes:
         base, ssr: one call; of a guided base with both halves of the guidance. `ssr` is None where a model has none.
         base_calls, ssr_calls: of the whole clip.
+        base_rows: of a call of the base: 2 with guidance.
     """
 
     base: NetworkPlan
     ssr: NetworkPlan | None
     base_calls: int
     ssr_calls: int
+    base_rows: int = 1
 
     @property
     def flops(self) -> int:
@@ -201,13 +203,13 @@ def plan_clip(
         one = plan_network(base, guided, frames, height, width, config.text_tokens)
         base_calls = steps or config.base.sampling.num_inference_steps
         if ssr is None:
-            return ClipPlan(one, None, base_calls, 0)
+            return ClipPlan(one, None, base_calls, 0, guided)
         window, overlap = window or config.window_frames, config.window_overlap if overlap is None else overlap
         if not 0 <= overlap < window:
             raise InvalidRequest(f"--overlap {overlap} should be in 0..{window - 1}")
         windows = max(1, math.ceil((frames - overlap) / (window - overlap)))
         two = plan_network(ssr, 1, window, size, size, config.text_tokens)
-        return ClipPlan(one, two, base_calls, windows * (ssr_steps or config.ssr.sampling.num_inference_steps))
+        return ClipPlan(one, two, base_calls, windows * (ssr_steps or config.ssr.sampling.num_inference_steps), guided)
     except ValueError as error:
         raise error if isinstance(error, InvalidRequest) else InvalidRequest(str(error)) from error
 

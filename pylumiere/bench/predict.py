@@ -1,8 +1,8 @@
 """How long a network takes at sizes that were not measured, from what its kinds of operations took at one that was.
 
 A kind of operation (spatial convolutions, norms, ...) is taken to keep its distance from its own bound: if it took 1.3
-times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What belongs to no kind grows with
-the bytes of all. The rows come from `pylumiere bench model`.
+times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What belongs to no kind (Python, calls
+of libraries, waiting) takes its time for each row, whatever the size. The rows come from `pylumiere bench model`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Measured:
     flops_per_second: float
     bytes_per_second: float
 
-    def predict(self, plan: NetworkPlan) -> float:
-        """Seconds of a call with another cost, on as many threads."""
+    def predict(self, plan: NetworkPlan, rows: int) -> float:
+        """Seconds of a call of that many rows with another cost, on as many threads."""
         total = 0.0
         for kind, took in self.seconds.items():
             if kind in self.plan.work:
                 total += took * self._bound(plan, kind) / self._bound(self.plan, kind)
             else:
-                total += took * plan.total.bytes / self.plan.total.bytes
+                total += took * rows / self.rows
         return total / self.lanes
 
     def _bound(self, plan: NetworkPlan, kind: str) -> float:
@@ -112,11 +112,9 @@ def predict_clip(networks: Mapping[str, Measured], clip: ClipPlan) -> dict[str, 
     """Seconds of a warm clip's networks, by stage; what stands between their calls is not in it."""
     seconds = {}
     if "base" in networks:
-        seconds["base"] = clip.base_calls * networks["base"].predict(clip.base)
+        seconds["base"] = clip.base_calls * networks["base"].predict(clip.base, clip.base_rows)
     if clip.ssr is not None and "ssr" in networks:
-        # Its plan is of one row; `rows` of them are computed side by side.
-        ssr = networks["ssr"]
-        seconds["ssr"] = clip.ssr_calls * ssr.predict(clip.ssr)
+        seconds["ssr"] = clip.ssr_calls * networks["ssr"].predict(clip.ssr, 1)
     return seconds
 
 

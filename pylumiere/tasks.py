@@ -92,6 +92,11 @@ class Task:
         """Whether any pixel is given."""
         return bool(self.pictures[..., 3].any())
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing ties a frame to its place in the clip: no picture, clip or mask was given."""
+        return not self.holds and self.kept is None and self.initial is None
+
     def settle(self, start: int, low: np.ndarray) -> np.ndarray:
         """The base's frames from `start` on, [n, h, w, 3], with the given pixels in their places."""
         if not self.holds:

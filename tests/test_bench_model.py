@@ -134,7 +134,8 @@ def test_hash_of_sources_follows_their_content(monkeypatch, tmp_path):
 def test_a_prediction_of_what_was_measured_is_the_measurement(measured):
     found = predict.measured_networks(_as_preset(measured), "tiny")
     for network in found.values():
-        assert network.predict(network.plan, network.rows) == pytest.approx(sum(network.seconds.values()) / network.lanes)
+        seconds = sum(network.seconds.values()) / network.lanes
+        assert network.predict(network.plan, network.rows) == pytest.approx(seconds)
 
 
 def test_twice_the_rows_take_twice_as_long(measured):

@@ -16,7 +16,7 @@ from pylumiere.batching import Bucket
 from pylumiere.checkpoint import build_network, load_checkpoint
 from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig, model_preset
 from pylumiere.errors import InvalidRequest
-from pylumiere.pipeline import Pipeline, plan_request, plan_ssr
+from pylumiere.pipeline import Pipeline, from_calmest, plan_request, plan_ssr
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling import call_shape
 from pylumiere.testing import rel_rms, write_random_model
@@ -359,3 +359,11 @@ def test_flow_model_takes_euler(tmp_path):
     plan = plan_request(GenerationRequest(prompt="x", seed=1), config)
     assert plan.ssr is None and (plan.height, plan.width) == (16, 16)
     assert np.isfinite(clip_of(pipeline, pipeline.base(plan, pipeline.embed(plan)))).all()
+
+
+def test_a_loop_begins_where_it_moves_least():
+    """Turned, not changed: the same frames in the same circular order."""
+    places = np.array([0.0, 3.0, 5.0, 9.0, 9.5, 4.0])  # steps: 4 (last to first), 3, 2, 4, 0.5, 5.5
+    frames = np.broadcast_to(places[:, None, None, None], (6, 2, 2, 3)).astype(np.float32)
+    turned = from_calmest(frames)
+    assert turned[:, 0, 0, 0].tolist() == [9.5, 4.0, 0.0, 3.0, 5.0, 9.0]

@@ -146,7 +146,7 @@ def _check(
 
 
 def _timed(command: list[str]) -> dict:
-    """One cold run: wall seconds, processor seconds, peak resident bytes, and what the program says of itself."""
+    """One cold run: wall seconds, processor seconds, and what the program says of itself."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     output = process.stdout.read()
@@ -156,7 +156,7 @@ def _timed(command: list[str]) -> dict:
     if process.returncode:
         raise RuntimeError(f"{command[3]} failed with status {process.returncode} after it had succeeded once")
     return {
-        "seconds": took, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024,
+        "seconds": took, "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "parts": json.loads(output.strip().splitlines()[-1]).get("seconds", {}),
     }  # fmt: skip
 
@@ -174,7 +174,7 @@ def _rows(case: str, facts: dict[str, dict], seconds: dict[str, list[dict]], rou
                 "bench": "e2e", "case": case, "device": "cpu", "provider": name,
                 **facts[name], "seconds": statistics.median(values), "spread": max(values) - min(values),
                 "best": min(values), "rounds": len(values), "cpu_seconds": round(middle["cpu_seconds"], 2),
-                "peak_bytes": middle["peak_bytes"], "parts": parts, "source": source,
+                "parts": parts, "source": source,
                 "versions": {p: package_version(p) for p in ("diffusers", "transformers", "onnxruntime", "openvino")},
             }
         )  # fmt: skip
@@ -182,7 +182,7 @@ def _rows(case: str, facts: dict[str, dict], seconds: dict[str, list[dict]], rou
     for row in sorted(rows, key=lambda row: row["seconds"]):
         print(
             f"{row['provider']:24} {row['seconds']:6.2f} s +- {row['spread']:.2f} | "
-            f"{row['seconds'] / ours:5.2f} x ours | {row['peak_bytes'] / 1e6:5.0f} MB | {row['parts']}",
+            f"{row['seconds'] / ours:5.2f} x ours | {row['parts']}",
             flush=True,
         )
     return rows

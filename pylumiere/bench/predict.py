@@ -1,8 +1,8 @@
 """How long a network takes at sizes that were not measured, from what its kinds of operations took at one that was.
 
 A kind of operation (spatial convolutions, norms, ...) is taken to keep its distance from its own bound: if it took 1.3
-times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What belongs to no kind (Python, calls
-of libraries, waiting) takes its time for each row, whatever the size. The rows come from `pylumiere bench model`.
+times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What belongs to no kind (Python,
+calls of libraries, waiting) takes its time for each row, whatever the size. The rows are those of `bench model`.
 """
 
 from __future__ import annotations

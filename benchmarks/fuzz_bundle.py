@@ -10,7 +10,6 @@ import argparse
 import collections
 import contextlib
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from _record import append_row
 from pylumiere.errors import BundleError, IntegrityError
 from pylumiere.fuzzing import MUTATIONS, mutate, native_loaders_refused, write_sample
 from pylumiere.loading import load_model, make_backend
+from pylumiere.memory import peak_resident_bytes
 
 BOUND_BYTES = 64 * 2**20  # of Python's allocations in one load; the manifest alone may be 2 MiB
 
@@ -93,7 +93,7 @@ def main() -> int:
         "bench": "fuzz_bundle", "count": options.count, "seed": options.seed, "refused": dict(refused),
         "failures": len(failures), "native_calls_before_verified": sum(len(f[3]) for f in failures),
         "peak_python_bytes": peak, "bound_bytes": BOUND_BYTES,
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_resident_bytes": peak_resident_bytes(),
         "seconds": round(time.monotonic() - begun, 1), "mutations": dict(sorted(tally.items())),
     }  # fmt: skip
     print(row)

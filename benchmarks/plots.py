@@ -123,7 +123,7 @@ def clips(rows: list[dict], path: Path) -> bool:
     axis.set(yticks=range(len(found)), yticklabels=[row["provider"] for row in found], xlabel="seconds",
              title=found[0]["case"])  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper right")
     figure.savefig(path, dpi=110)
     return True
 

@@ -517,16 +517,16 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
 def _report(
     output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool, streamed: bool
 ) -> None:
-    import resource
+    from pylumiere.memory import peak_resident_bytes
 
     outputs = {"output": _absolute(output), "sheet": None if sheet is None else _absolute(sheet)}
     file = sys.stderr if output == "-" else sys.stdout  # standard output carries the clip
     if as_json:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         inner = metadata.get("seconds")
         times = {**(inner if isinstance(inner, dict) else {}), **seconds}
         times = {name: round(value, 3) for name, value in times.items()}
-        print(json.dumps({**outputs, **metadata, "seconds": times, "peak_resident_bytes": peak}), file=file)
+        measured = {"seconds": times, "peak_resident_bytes": peak_resident_bytes()}
+        print(json.dumps({**outputs, **metadata, **measured}), file=file)
         return
     facts = [
         f"{metadata['num_frames']} frames", f"{metadata['width']} x {metadata['height']}", f"{metadata['fps']:g} fps",

@@ -175,3 +175,15 @@ def test_a_whole_clip_is_that_of_the_rivals(tmp_path):
     # The same function: the rival's fp32 loop gives our fp32 clip but for rounding; bf16 is further off.
     assert rows["rival eager-fp32"]["psnr"] > 90 and rows["pylumiere"]["psnr"] > 40
     assert all(row["seconds"] > row["parts"]["base"] > 0 and row["source"] for row in rows.values())
+
+
+def test_plots_are_made_of_rows_and_refused_without(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).resolve().parent.parent
+    plots = [sys.executable, "benchmarks/plots.py"]
+    done = subprocess.run([*plots, measured, "-o", tmp_path, "--name", "x"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"networks-x.png", "kinds-x.png", "scaling-x.png"}
+    (tmp_path / "empty.jsonl").write_text("{}")
+    refused = subprocess.run([*plots, tmp_path / "empty.jsonl"], cwd=root, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1

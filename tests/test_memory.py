@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from pylumiere.config import model_preset
-from pylumiere.memory import MARGIN_BYTES, _LiveBytes, activation_bytes
+from pylumiere.memory import MARGIN_BYTES, _LiveBytes, activation_bytes, peak_resident_bytes, resident_bytes
 
 NETWORK = model_preset("tiny").base.network
 
@@ -34,3 +38,13 @@ def test_peak_follows_shapes_and_dtype():
     assert 1.9 < count(2, 4, 32, 32) / one < 2.1
     assert 3.8 < count(1, 4, 64, 64) / one < 4.2
     assert 0.45 < count(1, 4, 32, 32, dtype=torch.bfloat16) / one < 0.55
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell them apart")
+def test_the_peak_is_of_this_program_not_of_the_one_that_started_it():
+    held = torch.ones(2**28, dtype=torch.uint8)  # 256 MiB, touched
+    assert peak_resident_bytes() >= resident_bytes() > held.numel()
+    program = "import sys; from pylumiere.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    alone = subprocess.run(["/bin/sh", "-c", f"'{sys.executable}' -c '{program}'"], capture_output=True, text=True)
+    assert abs(int(done.stdout) - int(alone.stdout)) < 2**25

@@ -135,8 +135,8 @@ def find_precision(name: str, device: torch.device, reasons: list[str]) -> str:
             )
         return name
     if name == "auto":
-        # Measured on the demo networks, eager, channels-last: bf16 takes 0.46 of the time of fp32 with avx512_bf16
-        # (Zen 5; base, 0.55 for the SSR). Without bf16 instructions torch converts around every product: slower.
+        # Measured on the demo networks (benchmarks/results/cpu.jsonl): bf16 takes 0.54 of the time of fp32 with
+        # avx512_bf16 (Zen 5; base, 0.57 for the SSR). Without bf16 instructions torch converts around every product.
         units = bf16_units()
         reasons.append(f"precision bf16: the CPU has {units}" if units else "precision fp32: the CPU has no bf16 units")
         return "bf16" if units else "fp32"

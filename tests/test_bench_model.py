@@ -1,6 +1,7 @@
 """`bench model` and `bench e2e`: results are checked first, rows say what was measured, ratios are compared, mistakes
 are named; and predictions from rows."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -145,6 +146,15 @@ def test_twice_the_rows_take_twice_as_long(measured):
     once = network.predict(network.plan, network.rows)
     # Weights and texts are read once whatever the rows: a little of a tiny network's bytes.
     assert 1.6 * once < network.predict(twice, 2 * network.rows) <= 2.01 * once
+
+
+def test_what_the_smallest_size_takes_is_not_scaled(measured):
+    network = predict.measured_networks(_as_preset(measured), "tiny")["base"]
+    fixed = dataclasses.replace(network, least=network.seconds)
+    config = stage_preset("tiny-base").network
+    larger = plan_network(config, network.rows, 4 * config.num_frames, config.height, config.width, text_tokens=8)
+    assert fixed.predict(larger, network.rows) == pytest.approx(fixed.predict(network.plan, network.rows))
+    assert network.predict(larger, network.rows) > network.predict(network.plan, network.rows)
 
 
 def test_clips_are_predicted_and_rows_without_use_refused(measured):

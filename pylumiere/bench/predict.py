@@ -1,8 +1,9 @@
 """How long a network takes at sizes that were not measured, from what its kinds of operations took at one that was.
 
 A kind of operation (spatial convolutions, norms, ...) is taken to keep its distance from its own bound: if it took 1.3
-times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What belongs to no kind (Python,
-calls of libraries, waiting) takes its time for each row, whatever the size. The rows are those of `bench model`.
+times max(flops / rate, bytes / bandwidth) at the measured size, it will at another. What it takes at the smallest size
+that the network accepts, it takes at every one: that is Python and calls of libraries. So is all that belongs to no
+kind. The rows are those of `bench model`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Measured:
 
     Attributes:
         seconds: of a thread, by kind, for one call.
+        least: the same at the smallest size.
         plan: cost of that call.
         lanes: threads that computed it, each its own rows.
         rows: of the call.
@@ -32,6 +34,7 @@ class Measured:
     """
 
     seconds: Mapping[str, float]
+    least: Mapping[str, float]
     plan: NetworkPlan
     lanes: int
     rows: int
@@ -42,10 +45,10 @@ class Measured:
         """Seconds of a call of that many rows with another cost, on as many threads."""
         total = 0.0
         for kind, took in self.seconds.items():
-            if kind in self.plan.work:
-                total += took * self._bound(plan, kind) / self._bound(self.plan, kind)
-            else:
-                total += took * rows / self.rows
+            fixed = min(took, self.least.get(kind, 0.0)) if kind in self.plan.work else took
+            total += fixed * rows / self.rows
+            if took > fixed:
+                total += (took - fixed) * self._bound(plan, kind) / self._bound(self.plan, kind)
         return total / self.lanes
 
     def _bound(self, plan: NetworkPlan, kind: str) -> float:
@@ -103,6 +106,7 @@ def _measured(network: STUNetConfig, rows: list[dict], text_tokens: int) -> Meas
     count, frames, height, width, _ = first["shape"]
     return Measured(
         {row["kind"]: float(row["lane_seconds"]) for row in rows},
+        {row["kind"]: float(row["least_lane_seconds"]) for row in rows},
         plan_network(network, count, frames, height, width, text_tokens), first["lanes"], count,
         first["matmul_bf16_flops_per_s"], first["copy_bytes_per_s"],
     )  # fmt: skip

@@ -197,3 +197,12 @@ def test_plots_are_made_of_rows_and_refused_without(measured, tmp_path):
     (tmp_path / "empty.jsonl").write_text("{}")
     refused = subprocess.run([*plots, tmp_path / "empty.jsonl"], cwd=root, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+def test_rows_of_other_benchmarks_carry_a_hash_of_everything(tmp_path):
+    from pylumiere.bench.facts import append_row
+
+    append_row(tmp_path / "rows.jsonl", {"a": 1})
+    append_row(tmp_path / "rows.jsonl", {"a": 2, "source": "own"})
+    whole, own = read(tmp_path / "rows.jsonl")
+    assert len(whole["source"]) == 12 and own["source"] == "own" and whole["cpu"]

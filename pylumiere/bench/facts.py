@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, when installed from one
+_ALL = ("pylumiere", "kernels", "export", "runtime")
 _SOURCES = {".py", ".cpp", ".hpp", ".cu", ".cuh"}
 
 
@@ -61,10 +62,11 @@ def source_hash(paths: Iterable[str]) -> str | None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Append one JSON line with the machine's facts."""
+    """Append one JSON line with the machine's facts, and the hash of all sources where the row names no smaller part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({**row, **machine_facts()}) + "\n")
+        row = {"source": source_hash(_ALL), **row, **machine_facts()}
+        file.write(json.dumps(row) + "\n")
 
 
 def _cpu_name() -> str:

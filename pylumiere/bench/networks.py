@@ -318,8 +318,7 @@ def _layers(site: Site, threads: int, bounds: dict[str, float]) -> tuple[list[di
         row = {
             "case": site.name, "stage": site.stage, "shape": list(site.operands[0].shape), "kind": kind, "run": run,
             "provider": "pylumiere bf16", "lane_seconds": took, "least_lane_seconds": least[kind],
-            "share": took / (lanes * total), "lanes": lanes,
-            **bounds,
+            "share": took / (lanes * total), "lanes": lanes, **bounds,
         }  # fmt: skip
         told = ""
         if kind in work:

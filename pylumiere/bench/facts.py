@@ -62,7 +62,8 @@ def source_hash(paths: Iterable[str]) -> str | None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Append one JSON line with the machine's facts, and the hash of all sources where the row names no smaller part."""
+    """Append one JSON line with the machine's facts, and the hash of all sources where the row names no smaller part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         row = {"source": source_hash(_ALL), **row, **machine_facts()}

@@ -278,7 +278,11 @@ def test_interrupt_stops_within_a_step_and_leaves_nothing(tiny, folder, number, 
     """Also: there are progress bars on a terminal, and they show the first stage."""
     terminal, slave = pty.openpty()
     command = [sys.executable, "-P", "-m", "pylumiere.cli", "generate", "x", "--model", tiny, "--steps", "1000", *extra]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=slave)
+    # A shell lets what it starts in the background ignore SIGINT, and so would all that these tests start.
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=slave,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     os.close(slave)
     shown = b""
     try:

@@ -27,6 +27,14 @@ def test_smoke_run_checks_results_and_times_nothing(tmp_path):
     assert all(row["correct"] and "seconds" not in row for row in rows)
 
 
+def test_smoke_run_of_networks_and_clips(tmp_path):
+    done = gate("--smoke", "--out", tmp_path, "--only", "clip", "--only", "forward ssr-l")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "log.txt").read_text()
+    assert "a clip [8, 32, 32, 3]; not timed" in log
+    assert "tiny-ssr: equals eager" in log
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_refuses_to_measure(tmp_path):
     done = gate("--out", tmp_path)

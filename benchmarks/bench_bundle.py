@@ -17,34 +17,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from _record import append_row
 
 import pylumiere
+from pylumiere.bench.networks import make_operands
 from pylumiere.loading import load_model, make_backend
 from pylumiere.testing import rel_rms
 
 PROMPT = "a red circle moves right over grass"
 
 
-def operands(config, stage: str, rows: int = 1) -> list:
-    """What a call of the stage gets: noise, a time in the middle, text and mask, or a noise level."""
-    network = (config.base if stage == "base" else config.ssr).network
-    frames = network.num_frames if stage == "base" else config.window_frames
-    generator = torch.Generator().manual_seed(5)
-    shape = (rows, frames, network.height, network.width, network.in_channels)
-    given = [torch.randn(shape, generator=generator), torch.full((rows,), 500.0), None, None, None]
-    if network.text_dim:
-        given[2] = torch.randn(rows, config.text_tokens, network.text_dim, generator=generator)
-        given[3] = torch.arange(config.text_tokens)[None].expand(rows, -1) < 9
-    if network.noise_level:
-        given[4] = torch.full((rows,), 0.1)
-    return given
-
-
 def compare_outputs(backends: dict, config, stage: str) -> dict:
     """ONNX Runtime and bf16, each against eager fp32 on one call of the network's own size."""
-    given = operands(config, stage)
+    given = make_operands(config, stage, rows=1)
     expected = backends["torch fp32"].predict(stage, *given)
     actual = backends["onnxruntime fp32"].predict(stage, *given)
     half = backends["torch bf16"].predict(stage, *given)
@@ -82,7 +67,7 @@ def compare_clips(bundle: str, model: str, seed: int, steps: int | None, frames:
 
 def time_calls(backends: dict, config, stage: str, threads: int, rounds: int) -> dict:
     """Seconds of a call of one row; the providers in turn, the first round dropped."""
-    given, seconds = operands(config, stage), {name: [] for name in backends}
+    given, seconds = make_operands(config, stage, rows=1), {name: [] for name in backends}
     for number in range(rounds + 1):
         for name, backend in backends.items():
             begun = time.perf_counter()

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -36,18 +35,6 @@ def make_engine(model: str, device: str, precision: str):
     return Engine(Checkpoint(Path(model), config, *stages), choose(device=device, precision=precision))
 
 
-def kernel_shares(run) -> list[tuple[str, float]]:
-    """(kernel, share of the GPU's time) of one run, largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    times: Counter[str] = Counter()
-    for event in profile.key_averages():
-        times[event.key[:60]] += event.self_device_time_total
-    total = sum(times.values()) or 1.0
-    return [(name, time / total) for name, time in times.most_common(15)]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="stunet-l")
@@ -63,6 +50,7 @@ def main() -> int:
     model, steps = ("tiny", [2]) if options.smoke else (options.model, options.steps)
     precision = "fp32" if options.smoke and device == "cpu" else "auto"
 
+    from pylumiere.bench.harness import kernel_shares
     from pylumiere.bench.plan import CHIPS, plan_clip
 
     engine = make_engine(model, device, precision)
@@ -100,7 +88,9 @@ def main() -> int:
             if options.json:
                 append_row(options.json, row)
         if device == "cuda" and not options.smoke:
-            for kernel, share in kernel_shares(lambda: engine.generate(PROMPT, seed=0, num_inference_steps=min(steps))):
+            for kernel, share in kernel_shares(
+                lambda: engine.generate(PROMPT, seed=0, num_inference_steps=min(steps)), 15
+            ):
                 print(f"{100 * share:5.1f} % {kernel}")
     return 0
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from _record import append_row
 
 from pylumiere.engine import Engine
+from pylumiere.memory import peak_resident_bytes
 
 MEMORY_CASES = ((16, 1), (16, 4), (80, 1), (80, 3), (16, 8))  # frames, requests at once
 
@@ -139,10 +140,8 @@ def memory_of(frames: int, at_once: int, steps: int) -> dict:
         job.result()
     ended.set()
     watcher.join()
-    with open("/proc/self/status") as file:
-        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     return {"case": "memory", "frames": frames, "at_once": at_once, "loaded": loaded, "planned": max(planned),
-            "peak": peak, "parts": engine._scheduler.budget.fixed}  # fmt: skip
+            "peak": peak_resident_bytes(), "parts": engine._scheduler.budget.fixed}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 from _record import append_row
 
 from pylumiere import _runtime
+from pylumiere.memory import peak_resident_bytes
 from pylumiere.windows import WindowPlan, memory_bytes, sample_clip, to_uint8
 
 WINDOW, OVERLAP = 8, 2
@@ -39,14 +40,6 @@ def table(steps: int, *, multistep: bool = True) -> Table:
     return Table(np.arange(steps, dtype=np.float32), coef)
 
 
-def peak_memory() -> int:
-    """Largest resident size of this program, in bytes. (getrusage would count the parent's memory before exec.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
-
-
 def bounded(num_frames: int, steps: int, side: int) -> dict:
     """Peak memory over the level before the clip, in this process: call it in a fresh one."""
     shape = (side, side, 3)
@@ -56,7 +49,7 @@ def bounded(num_frames: int, steps: int, side: int) -> dict:
     def denoise(x, timesteps, windows, frames):
         return np.multiply(x[None], np.float32(0.5), out=out)
 
-    before = peak_memory()
+    before = peak_resident_bytes()
     start = time.perf_counter()
     done = 0
     for _, frames in sample_clip(
@@ -64,7 +57,7 @@ def bounded(num_frames: int, steps: int, side: int) -> dict:
     ):
         done += len(frames)
     seconds = time.perf_counter() - start
-    peak = peak_memory()
+    peak = peak_resident_bytes()
     if done != num_frames:
         raise RuntimeError(f"{done} of {num_frames} frames came out")
     return {
@@ -281,7 +274,7 @@ def upscaled(num_frames: int, side: int, steps: int) -> dict:
         "frames": num_frames,
         "steps": steps,
         "side": side,
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_resident_bytes(),
         "formula_bytes": memory_bytes(plan, frame_shape=shape, steps=steps, capacity=2, multistep=True),
         "ms_per_frame": 1e3 * (seconds - facts["seconds"]["load"]) / num_frames,
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -45,19 +44,6 @@ def make_inputs(config, device: str, batch: int = 1) -> dict[str, torch.Tensor]:
     return {name: value.to(device) for name, value in values.items()}
 
 
-def kernel_shares(model, values: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
-    """(kernel, share of the GPU's time), largest first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        model(**values)
-        torch.cuda.synchronize()
-    times: Counter[str] = Counter()
-    for event in profile.key_averages():
-        times[event.key[:60]] += event.self_device_time_total
-    total = sum(times.values()) or 1.0
-    return [(name, time / total) for name, time in times.most_common(12)]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--network", default="stunet-l")
@@ -85,7 +71,7 @@ def main() -> int:
 
 def one_case(name: str, config, dtype: torch.dtype, device: str, models, batch: int, options) -> bool:
     """Checks and times one size of call; False where the result is wrong."""
-    from pylumiere.bench.harness import measure, measure_device
+    from pylumiere.bench.harness import kernel_shares, measure, measure_device
     from pylumiere.bench.plan import plan_network
     from pylumiere.testing import rel_rms
 
@@ -121,7 +107,7 @@ def one_case(name: str, config, dtype: torch.dtype, device: str, models, batch: 
             measured = {"provider": provider, "seconds": timing.median, "spread": timing.spread}
             measured |= {"peak_bytes": peaks[provider], "flops": cost.flops, "bytes": cost.bytes}
             append_row(options.json, {**row, **measured, **bounds})
-    for kernel, share in kernel_shares(model, values):
+    for kernel, share in kernel_shares(lambda: model(**values), 12):
         print(f"{100 * share:5.1f} % {kernel}")
     return True
 

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from pylumiere.bench.predict import read_rows
+from pylumiere.bench.facts import read_rows
 from pylumiere.errors import InvalidRequest
 
 OURS, OTHERS = "#c2410c", "#64748b"

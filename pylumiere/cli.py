@@ -286,14 +286,14 @@ def bench_plan(
 ) -> None:
     """Counts a clip's arithmetic and memory, and the time that a GPU's peak rates allow. Runs nothing on a GPU."""
     from pylumiere.bench import plan, predict
-    from pylumiere.bench.facts import append_row
+    from pylumiere.bench.facts import append_row, read_rows
 
     chips = plan.find_chips(sku or [])
     options = dict(frames=frames, size=size, steps=steps, ssr_steps=ssr_steps, window=window, overlap=overlap)
     clip = plan.plan_clip(model, **options)
     predicted = None
     if rates is not None:
-        known = predict.read_rows(rates)
+        known = read_rows(rates)
         seconds = predict.predict_clip(predict.measured_networks(known, model), clip)
         own_size = all(value is None for value in options.values())
         measured = predict.measured_clip(known, model) if own_size else None

@@ -90,6 +90,10 @@ class Plan:
         """The same plan with a style's weights in the base."""
         return replace(self, base=replace(self.base, style=style))
 
+    def handed_on(self, low: np.ndarray) -> np.ndarray:
+        """The base's whole clip [T, h, w, 3] as the super-resolution gets it."""
+        return from_calmest(low) if self.request.loop and self.task.is_free else low
+
 
 def ssr_scale(config: ModelConfig) -> int:
     """How much larger the result is than the base's clip; 1 for a model without SSR."""

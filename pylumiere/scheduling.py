@@ -23,7 +23,7 @@ from pylumiere.batching import Bucket, Call, CallShape, Lanes
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.jobs import Job
 from pylumiere.memory import Budget, CallBytes, Need, resident_bytes
-from pylumiere.pipeline import Feed, Pipeline, StagePlan, StageRun, from_calmest
+from pylumiere.pipeline import Feed, Pipeline, StagePlan, StageRun
 from pylumiere.request import Progress
 from pylumiere.tracing import Tracer
 
@@ -633,9 +633,7 @@ class Scheduler:
         else:
             low, work.low = np.concatenate(work.low), []
             order = job._order
-            if order.plan.request.loop and order.plan.task.is_free:
-                low = from_calmest(low)
-            self._enter(work, self.pipeline.ssr(order.last, low, order.seed, work.text))
+            self._enter(work, self.pipeline.ssr(order.last, order.plan.handed_on(low), order.seed, work.text))
 
 
 def call_shape(stage: StagePlan, owner: int = 0) -> CallShape:

@@ -104,6 +104,23 @@ def shapes(names: str, rows: Iterable[tuple]) -> list[Any]:
 # ---- models of a few thousand weights ------------------------------------------------------------------------------
 
 
+def sound_file() -> bytes:
+    """An mp4 that holds sound and no picture."""
+    import io
+
+    import av
+    import numpy as np
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame) + stream.encode(None))
+    return file.getvalue()
+
+
 def random_weights(config: STUNetConfig, seed: int) -> dict[str, torch.Tensor]:
     """Weights of a network, random also where training starts at zero: no part of it is without effect."""
     from pylumiere.checkpoint import expected_shapes

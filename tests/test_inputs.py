@@ -14,6 +14,7 @@ from PIL import Image
 
 from pylumiere.errors import InvalidRequest, VideoError
 from pylumiere.inputs import parse_expand, parse_keyframes, place, read_clip, read_image, read_mask, request_fields
+from pylumiere.testing import sound_file
 from pylumiere.video import Limits, read_video
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -229,16 +230,9 @@ def test_transparent_clip_shows_white():
 
 
 def test_clips_that_are_refused_in_one_line():
-    sound = io.BytesIO()
-    with av.open(sound, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48000)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48000
-        container.mux(stream.encode(frame) + stream.encode(None))
     whole = clip_bytes([np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(12)])
     for data, text in [
-        (sound.getvalue(), "holds no video"),
+        (sound_file(), "holds no video"),
         (whole[: len(whole) // 2], "damaged"),
         (b"", "damaged"),
     ]:

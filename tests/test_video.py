@@ -19,6 +19,7 @@ import pytest
 
 from pylumiere import video
 from pylumiere.errors import VideoError
+from pylumiere.testing import sound_file
 from pylumiere.video import (
     Limits,
     Video,
@@ -211,24 +212,13 @@ def png(width, height, *, data=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-def sound():
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48000)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48000
-        container.mux(stream.encode(frame) + stream.encode(None))
-    return file.getvalue()
-
-
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{path}\n#EXT-X-ENDLIST\n"
 
 
 @pytest.mark.parametrize(("name", "data", "text"), [
     ("empty.mp4", b"", "damaged or no video"),
     ("text.mp4", b"not a video at all " * 50, "damaged or no video"),
-    ("sound.mp4", sound(), "holds no video"),
+    ("sound.mp4", sound_file(), "holds no video"),
     ("large.png", png(9000, 8000), "9000 x 8000 have more than 67108864 pixels"),
     ("bomb.png", png(16000, 16000), "more than 67108864 pixels"),
     ("huge.png", png(2**31 - 1, 2**31 - 1), "huge.png"),

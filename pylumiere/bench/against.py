@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from pylumiere.bench.predict import read_rows
+from pylumiere.bench.facts import read_rows
 from pylumiere.errors import InvalidRequest
 
 TOLERANCE = 0.15  # of the ratio; two runs on a quiet machine differ by less

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pylumiere.bench import against as comparison
+from pylumiere.bench import check_names
 from pylumiere.bench.facts import append_row, package_version, source_hash
 from pylumiere.bench.rival_clip import DENOISERS, prepare
 from pylumiere.errors import InvalidRequest
@@ -56,16 +57,14 @@ def run(
     """
     known = sorted({name.split("-")[0] for name in DENOISERS})
     families = [name for name in known if name != "compile"] if vs is None else list(vs)
-    for family in families:
-        if family not in known:
-            raise InvalidRequest(f"--vs {family!r} is not one of {', '.join(known)}")
+    check_names("--vs", families, known)
     if rounds < 1:
         raise InvalidRequest(f"--rounds {rounds} should be at least 1")
     earlier = comparison.read(against) if against else None
     wanted = [name for name in DENOISERS if name.split("-")[0] in families]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        missing = _missing_packages(wanted) or {}
+        missing = _missing_packages(wanted)
         missing |= prepare(model, folder, [name for name in wanted if name not in missing])
         for name, reason in missing.items():
             print(f"rival {name}: left out, {reason}", flush=True)

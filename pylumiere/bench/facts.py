@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from pylumiere.errors import InvalidRequest
+
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, when installed from one
 _ALL = ("pylumiere", "kernels", "export", "runtime")
 _SOURCES = {".py", ".cpp", ".hpp", ".cu", ".cuh"}
@@ -68,6 +70,28 @@ def append_row(path: Path, row: dict) -> None:
     with path.open("a") as file:
         row = {"source": source_hash(_ALL), **row, **machine_facts()}
         file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of JSON lines.
+
+    Raises:
+        InvalidRequest: the file cannot be read or holds something else.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line or "{}")
+        except json.JSONDecodeError:
+            raise InvalidRequest(f"{path}: line {number} is no JSON") from None
+        if not isinstance(row, dict):
+            raise InvalidRequest(f"{path}: line {number} is no row")
+        rows.append(row)
+    return rows
 
 
 def _cpu_name() -> str:

@@ -10,6 +10,7 @@ import datetime
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,18 @@ def measure_device(device: str) -> dict[str, float]:
     if device == "cpu":
         found |= {f"matmul_{name}_flops_per_s": rate for name, rate in rates.items()}
     return found
+
+
+def kernel_shares(run: Callable[[], Any], count: int) -> list[tuple[str, float]]:
+    """(kernel, share of the GPU's time) of one run, the `count` largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in profile.key_averages():
+        times[event.key[:60]] += event.self_device_time_total
+    total = sum(times.values()) or 1.0
+    return [(name, time / total) for name, time in times.most_common(count)]
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ one row a thread, all threads busy.
 from __future__ import annotations
 
 import datetime
+import functools
 import threading
 import time
 from collections import defaultdict
@@ -23,11 +24,12 @@ from pylumiere.backends.choice import choose
 from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.bench import against as comparison
+from pylumiere.bench import check_names
 from pylumiere.bench.facts import append_row, source_hash
 from pylumiere.bench.harness import Timing, measure, measure_device
 from pylumiere.bench.plan import NetworkPlan, plan_network
 from pylumiere.bench.predict import OTHER, Measured
-from pylumiere.bench.rivals import FAMILIES, Missing, Operands, make_rivals, side_by_side
+from pylumiere.bench.rivals import FAMILIES, Missing, Operands, Wrapped, make_rivals, side_by_side
 from pylumiere.checkpoint import Checkpoint, build_network, find_model, load_checkpoint
 from pylumiere.config import ModelConfig
 from pylumiere.errors import InvalidRequest
@@ -45,13 +47,11 @@ class Site:
     Attributes:
         stage: "base" or "ssr".
         operands: of ROWS samples.
-        expected: in float64.
     """
 
     stage: str
     checkpoint: Checkpoint
     operands: Operands
-    expected: Tensor
 
     @property
     def name(self) -> str:
@@ -66,6 +66,19 @@ class Site:
     def weights(self) -> dict[str, Tensor]:
         return self.checkpoint.base if self.stage == "base" else self.checkpoint.ssr
 
+    @functools.cached_property
+    def expected(self) -> Tensor:
+        """The network's result in float64."""
+        exact = build_network(self.network, {name: weight.double() for name, weight in self.weights.items()})
+        with torch.inference_mode():
+            return exact(*(t.double() if t is not None and t.is_floating_point() else t for t in self.operands))
+
+    @property
+    def plan(self) -> NetworkPlan:
+        """What a call costs."""
+        rows, frames, height, width, _ = self.operands[0].shape
+        return plan_network(self.network, rows, frames, height, width, self.checkpoint.config.text_tokens)
+
 
 def make_operands(config: ModelConfig, stage: str, *, rows: int = ROWS, frames: int | None = None,
                   size: tuple[int, int] | None = None) -> Operands:  # fmt: skip
@@ -75,7 +88,7 @@ def make_operands(config: ModelConfig, stage: str, *, rows: int = ROWS, frames: 
     height, width = size or (network.height, network.width)
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn(rows, frames, height, width, network.in_channels, generator=generator)
-    times = torch.linspace(900.0, 100.0, rows)
+    times = torch.tensor([500.0]) if rows == 1 else torch.linspace(900.0, 100.0, rows)
     text = mask = level = None
     if network.text_dim:
         text = torch.randn(rows, config.text_tokens, network.text_dim, generator=generator)
@@ -87,14 +100,8 @@ def make_operands(config: ModelConfig, stage: str, *, rows: int = ROWS, frames: 
 
 
 def make_site(checkpoint: Checkpoint, stage: str, **sizes) -> Site:
-    config = checkpoint.config
-    network = (config.base if stage == "base" else config.ssr).network
-    weights = checkpoint.base if stage == "base" else checkpoint.ssr
-    operands = make_operands(config, stage, **sizes)
-    exact = build_network(network, {name: weight.double() for name, weight in weights.items()})
-    with torch.inference_mode():
-        expected = exact(*(t.double() if t is not None and t.is_floating_point() else t for t in operands))
-    return Site(stage, checkpoint, operands, expected)
+    """The stage at its own sizes, or at others; see `make_operands`."""
+    return Site(stage, checkpoint, make_operands(checkpoint.config, stage, **sizes))
 
 
 def run(
@@ -126,14 +133,11 @@ def run(
         InvalidRequest: an unknown rival, stage or precision.
         BundleError: the model cannot be read.
     """
-    families = tuple(FAMILIES[:1] + FAMILIES[2:]) if vs is None else tuple(vs)
+    families = tuple(name for name in FAMILIES if name != "compile") if vs is None else tuple(vs)
     stages, precisions = tuple(stages), tuple(precisions) or tuple(ALLOWED)
-    for kind, names, known in (
-        ("--vs", families, FAMILIES), ("--stage", stages, ("base", "ssr")), ("--precision", precisions, tuple(ALLOWED)),
-    ):  # fmt: skip
-        for name in names:
-            if name not in known:
-                raise InvalidRequest(f"{kind} {name!r} is not one of {', '.join(known)}")
+    check_names("--vs", families, FAMILIES)
+    check_names("--stage", stages, ("base", "ssr"))
+    check_names("--precision", precisions, ALLOWED)
     earlier = comparison.read(against) if against else None
     checkpoint = load_checkpoint(find_model(model))
     stages = stages or (("base",) if checkpoint.ssr is None else ("base", "ssr"))
@@ -168,17 +172,9 @@ def engine_call(site: Site, precision: str, threads: int, ops: Callable[[], CpuO
     backend = TorchBackend(site.checkpoint, choose("torch", "cpu", precision))
     if ops is not None:
         backend._networks[site.stage].ops = ops()
+    predict = functools.partial(backend.predict, site.stage, num_threads=max(1, threads // ROWS))
     given = tuple(operand for operand in site.operands if operand is not None)
-    places = [index for index, operand in enumerate(site.operands) if operand is not None]
-    share = max(1, threads // ROWS)
-
-    def call(*part: Tensor) -> Tensor:
-        operands: list[Tensor | None] = [None] * 5
-        for place, tensor in zip(places, part, strict=True):
-            operands[place] = tensor
-        return backend.predict(site.stage, *operands, num_threads=share)
-
-    return side_by_side(call, given, threads)
+    return side_by_side(Wrapped(predict, site.operands), given, threads)
 
 
 def _time(site, families, precisions, max_autotune, threads, smoke, repeats, bounds) -> tuple[list[dict], int]:
@@ -211,7 +207,7 @@ def _time(site, families, precisions, max_autotune, threads, smoke, repeats, bou
     case = {"case": site.name, "device": "cpu", "call_threads": threads}
     if smoke:
         return [{**case, "provider": name, **fact, "smoke": True} for name, fact in facts.items()], wrong
-    cost = _plan(site).total
+    cost = site.plan.total
     timings = measure(calls, "cpu", repeats)
     rows = [
         {**case, "provider": name, **facts[name], **_timing(timings[name]), "flops": cost.flops, **bounds}
@@ -245,6 +241,7 @@ class TimedOps(CpuOps):
 
     def __init__(self):
         super().__init__()
+        self._untimed = CpuOps()
         self._local = threading.local()
         self.seconds: dict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
@@ -277,12 +274,7 @@ class TimedOps(CpuOps):
 
     def temporal_attention(self, *given, **options):
         # Its inner call of `attention` is part of it.
-        return self._timed("temporal attention", lambda: CpuOps.temporal_attention(CpuOps(), *given, **options))
-
-
-def _plan(site: Site, rows: int = ROWS) -> NetworkPlan:
-    _, frames, height, width, _ = site.operands[0].shape
-    return plan_network(site.network, rows, frames, height, width, site.checkpoint.config.text_tokens)
+        return self._timed("temporal attention", lambda: self._untimed.temporal_attention(*given, **options))
 
 
 def kind_seconds(site: Site, threads: int, rounds: int = 7) -> tuple[dict[str, float], float]:
@@ -308,9 +300,9 @@ def kind_seconds(site: Site, threads: int, rounds: int = 7) -> tuple[dict[str, f
 def _layers(site: Site, threads: int, bounds: dict[str, float]) -> tuple[list[dict], Measured]:
     seconds, total = kind_seconds(site, threads)
     smallest = (site.network.spatial_factor,) * 2
-    operands = make_operands(site.checkpoint.config, site.stage, frames=site.network.temporal_factor, size=smallest)
-    least, _ = kind_seconds(Site(site.stage, site.checkpoint, operands, site.expected), threads)
-    plan, lanes = _plan(site), min(threads, ROWS)
+    least_site = make_site(site.checkpoint, site.stage, frames=site.network.temporal_factor, size=smallest)
+    least, _ = kind_seconds(least_site, threads)
+    plan, lanes = site.plan, min(threads, ROWS)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     work, rows = plan.by_kind(), []
     for kind, took in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -343,9 +335,8 @@ def _predictions(site: Site, measured: Measured, threads: int) -> list[dict]:
     rows = []
     for frames, side in PREDICTED[site.stage] if site.checkpoint.config.name == "demo" else ():
         size = None if side is None else (side, side)
-        operands = make_operands(site.checkpoint.config, site.stage, frames=frames, size=size)
-        other = Site(site.stage, site.checkpoint, operands, site.expected)
-        predicted = measured.predict(_plan(other), ROWS)
+        other = make_site(site.checkpoint, site.stage, frames=frames, size=size)
+        predicted = measured.predict(other.plan, ROWS)
         timing = measure({"call": engine_call(other, "bf16", threads)}, "cpu")["call"]
         error = predicted / timing.median - 1
         print(

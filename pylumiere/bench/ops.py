@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pylumiere.bench import against as comparison
+from pylumiere.bench import check_names
 from pylumiere.bench.facts import append_row, source_hash
 from pylumiere.errors import InvalidRequest, UnsupportedDevice
 
@@ -49,10 +50,8 @@ def run(
         InvalidRequest: an unknown operator or rival.
         UnsupportedDevice: tiles cannot be searched for without a GPU, or Triton is missing.
     """
-    for kind, names, known in (("--op", ops, (*OPS, LAYERS)), ("--vs", vs or (), RIVALS)):
-        for name in names:
-            if name not in known:
-                raise InvalidRequest(f"{kind} {name!r} is not one of {', '.join(known)}")
+    check_names("--op", ops, (*OPS, LAYERS))
+    check_names("--vs", vs or (), RIVALS)
     if tune and LAYERS in ops:
         raise InvalidRequest(f"--tune --op {LAYERS}: tiles are the operators'; name one of {', '.join(OPS)}")
     if against is not None and (smoke or tune):

@@ -8,10 +8,8 @@ kind. The rows are those of `bench model`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pylumiere.bench.plan import ClipPlan, NetworkPlan, plan_network
 from pylumiere.config import STUNetConfig, model_preset
@@ -54,28 +52,6 @@ class Measured:
     def _bound(self, plan: NetworkPlan, kind: str) -> float:
         rates = self.flops_per_second / self.lanes, self.bytes_per_second / self.lanes
         return sum(cost.seconds(*rates) for cost in plan.work.get(kind, ()))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of JSON lines.
-
-    Raises:
-        InvalidRequest: the file cannot be read or holds something else.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path}: {getattr(error, 'strerror', None) or 'is no text'}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line or "{}")
-        except json.JSONDecodeError:
-            raise InvalidRequest(f"{path}: line {number} is no JSON") from None
-        if not isinstance(row, dict):
-            raise InvalidRequest(f"{path}: line {number} is no row")
-        rows.append(row)
-    return rows
 
 
 def measured_networks(rows: list[dict], model: str) -> dict[str, Measured]:

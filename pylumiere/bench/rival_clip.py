@@ -38,10 +38,11 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
     source = find_model(model)
     checkpoint = load_checkpoint(source)
     config = checkpoint.config
-    numbers = {"model": str(source), "fps": config.fps, "text_tokens": config.text_tokens}
-    numbers |= {"window": config.window_frames, "overlap": config.window_overlap, "weights": config.window_weights}
-    numbers |= {"augmentation": config.augmentation}
-    graphs: dict[str, list] = {"base": [], "ssr": []}
+    numbers = {
+        "model": str(source), "fps": config.fps, "text_tokens": config.text_tokens, "window": config.window_frames,
+        "overlap": config.window_overlap, "weights": config.window_weights, "augmentation": config.augmentation,
+    }  # fmt: skip
+    graphs = {}
     for stage, settings, weights in (("base", config.base, checkpoint.base), ("ssr", config.ssr, checkpoint.ssr)):
         schedule = make_schedule(
             settings.schedule.name, settings.schedule.num_train_timesteps, settings.schedule.logsnr_shift
@@ -55,7 +56,7 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
         }  # fmt: skip
         operands = make_operands(config, stage, rows=1)
         net = build_network(network, {name: weight.float() for name, weight in weights.items()}).eval()
-        graphs[stage] = [Wrapped(net, operands).eval(), tuple(o for o in operands if o is not None)]
+        graphs[stage] = Wrapped(net, operands).eval(), tuple(o for o in operands if o is not None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loop.json").write_text(json.dumps(numbers))
     missing = {}

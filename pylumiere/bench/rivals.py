@@ -64,7 +64,7 @@ class Missing:
 class Wrapped(torch.nn.Module):
     """A network that takes only the operands that it has, in their order; no Nones for exporters to meet."""
 
-    def __init__(self, network: torch.nn.Module, operands: Operands):
+    def __init__(self, network: Callable[..., Tensor], operands: Operands):
         super().__init__()
         self.network = network
         self.places = [index for index, operand in enumerate(operands) if operand is not None]

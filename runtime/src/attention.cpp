@@ -1,8 +1,8 @@
 #include "lumiere/attention.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <vector>
+
+#include "share_out.hpp"
 
 namespace lumiere {
 
@@ -40,33 +40,13 @@ bool has_attention(std::int64_t head_dim) { return head_dim == 16 || head_dim ==
 std::int64_t attention_scratch(const Attention& call) { return (2 * call.head_dim + 8) * ((call.keys + 15) / 16 * 16); }
 
 void attention(const Attention& call, AttentionPart part, ParallelRegion parallel, int num_threads) {
-  struct Shared {
-    const Attention& call;
-    AttentionPart part;
-    std::int64_t pieces, count, floats;
-    std::vector<float> scratch;
-    std::atomic<std::int64_t> next{0}, next_thread{0};
-  };
   const std::int64_t pieces = (call.queries + kAttentionQueries - 1) / kAttentionQueries;
-  const std::int64_t count = call.sequences * call.heads * pieces;
-  if (count == 0) return;
-  const std::int64_t threads = parallel == nullptr ? 1 : std::clamp<std::int64_t>(num_threads, 1, count);
-  const std::int64_t floats = attention_scratch(call);
-  Shared shared{call, part, pieces, count, floats, std::vector<float>(static_cast<std::size_t>(threads * floats))};
-  const auto body = [](void* data) {
-    Shared& s = *static_cast<Shared*>(data);
-    float* scratch = s.scratch.data() + s.next_thread++ * s.floats;
-    for (std::int64_t i; (i = s.next++) < s.count;) {
-      const std::int64_t first = i % s.pieces * kAttentionQueries, row = i / s.pieces;
-      s.part(s.call, row / s.call.heads, row % s.call.heads, first, std::min(first + kAttentionQueries, s.call.queries),
-             scratch);
-    }
-  };
-  if (threads == 1) {
-    body(&shared);
-  } else {
-    parallel(body, &shared, static_cast<unsigned>(threads), 0);
-  }
+  share_out<float>(parallel, num_threads, call.sequences * call.heads * pieces, attention_scratch(call),
+                   [&](std::int64_t i, float* scratch) {
+                     const std::int64_t first = i % pieces * kAttentionQueries, row = i / pieces;
+                     part(call, row / call.heads, row % call.heads, first,
+                          std::min(first + kAttentionQueries, call.queries), scratch);
+                   });
 }
 
 }  // namespace lumiere

@@ -1,8 +1,6 @@
 #include "lumiere/group_norm.hpp"
 
-#include <algorithm>
-#include <atomic>
-#include <vector>
+#include "share_out.hpp"
 
 namespace lumiere {
 
@@ -35,25 +33,8 @@ GroupNormFrame group_norm_frame() {
 }
 
 void group_norm(const GroupNorm& call, GroupNormFrame frame, ParallelRegion parallel, int num_threads) {
-  struct Shared {
-    const GroupNorm& call;
-    GroupNormFrame frame;
-    std::vector<double> scratch;
-    std::atomic<std::int64_t> next_frame{0}, next_thread{0};
-  };
-  const std::int64_t threads = parallel == nullptr ? 1 : std::clamp<std::int64_t>(num_threads, 1, call.frames);
-  const std::int64_t per_thread = kGroupNormScratch * call.channels;
-  Shared shared{call, frame, std::vector<double>(static_cast<std::size_t>(threads * per_thread))};
-  const auto body = [](void* data) {
-    Shared& s = *static_cast<Shared*>(data);
-    double* scratch = s.scratch.data() + s.next_thread++ * kGroupNormScratch * s.call.channels;
-    for (std::int64_t f; (f = s.next_frame++) < s.call.frames;) s.frame(s.call, f, scratch);
-  };
-  if (threads == 1) {
-    body(&shared);
-  } else {
-    parallel(body, &shared, static_cast<unsigned>(threads), 0);
-  }
+  share_out<double>(parallel, num_threads, call.frames, kGroupNormScratch * call.channels,
+                    [&](std::int64_t f, double* scratch) { frame(call, f, scratch); });
 }
 
 }  // namespace lumiere

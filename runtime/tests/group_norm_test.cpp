@@ -6,24 +6,14 @@
 #include <cmath>
 #include <cstring>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "check.hpp"
+#include "sample_data.hpp"
 
 using namespace lumiere;
 
 namespace {
-
-// What GOMP_parallel does, with threads that the sanitizers know.
-void run_in_threads(void (*body)(void*), void* data, unsigned num_threads, unsigned) {
-  std::vector<std::thread> threads;
-  for (unsigned i = 1; i < num_threads; ++i) threads.emplace_back(body, data);
-  body(data);
-  for (std::thread& thread : threads) thread.join();
-}
-
-float value_at(std::size_t i) { return static_cast<float>(static_cast<int>(i * 2654435761u % 2001u) - 1000) / 300.0f; }
 
 std::uint16_t to_bfloat16(float value) {
   std::uint32_t bits;

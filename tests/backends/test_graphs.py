@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("pydantic", reason="the engine needs pydantic, which is not installed here")
 
+from pylumiere.backends.graphs import HostCalls
 from pylumiere.engine import Engine
 from pylumiere.memory import OWN_FACTOR
 from pylumiere.request import GenerationRequest
@@ -38,7 +39,7 @@ class FakeGraph:
         self.function()
 
 
-class FakeDevice:
+class FakeDevice(HostCalls):
     """What `DeviceCalls` offers, on one queue that is worked off as late as a GPU may: when somebody waits. Operands
     that were not copied in are not seen. Final frames are fetched without waiting for what is queued."""
 
@@ -49,12 +50,6 @@ class FakeDevice:
 
     def making(self):
         return contextlib.nullcontext()
-
-    def computing(self):
-        return contextlib.nullcontext()
-
-    def pinned(self, like):
-        return torch.zeros(like.shape, dtype=like.dtype)
 
     def capture(self, function):
         function()
@@ -74,8 +69,7 @@ class FakeDevice:
             self.runs += 1
             while self.queue:
                 self.queue.pop(0)()
-            compute()
-            target.copy_(result)
+            super().run(compute, result, target)
 
     def fetch(self, copies):
         for target, buffer in copies:

@@ -6,7 +6,6 @@ in a queue until somebody waits, as on a GPU; the tests marked `gpu` do the same
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import random
@@ -20,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pylumiere.kernels import denoise_step
 
+from pylumiere.backends.graphs import HostCalls
 from pylumiere.device_sampler import DeviceSampler
 from pylumiere.windows import BatchSampler, NonFiniteOutput, WindowPlan, memory_bytes
 
@@ -32,17 +32,11 @@ SHAPE = exact.SHAPE
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-class LateCalls:
+class LateCalls(HostCalls):
     """A CPU that does its work as late as a GPU may: when somebody waits. Only `fetch` does not wait for the rest."""
 
     def __init__(self):
         self.queue = []
-
-    def computing(self):
-        return contextlib.nullcontext()
-
-    def pinned(self, like):
-        return torch.zeros(like.shape, dtype=like.dtype)
 
     def enqueue(self, function):
         self.queue.append(function)
@@ -50,12 +44,7 @@ class LateCalls:
     def run(self, compute, result, target):
         while self.queue:
             self.queue.pop(0)()
-        compute()
-        target.copy_(result)
-
-    def fetch(self, copies):
-        for target, buffer in copies:
-            target.copy_(buffer)
+        super().run(compute, result, target)
 
 
 def make_calls(device):

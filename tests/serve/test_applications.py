@@ -15,6 +15,7 @@ from PIL import Image
 
 from pylumiere.inputs import request_fields
 from pylumiere.serve.app import Limits
+from pylumiere.testing import sound_file
 from pylumiere.video import read_video
 
 from .conftest import SLOW, wait_until
@@ -39,17 +40,6 @@ def mp4(frames, rate=16):
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))
-    return file.getvalue()
-
-
-def sound():
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48000)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48000
-        container.mux(stream.encode(frame) + stream.encode(None))
     return file.getvalue()
 
 
@@ -192,7 +182,7 @@ def test_what_edit_and_extend_refuse(server):
     unknown = by_id("video_" + "0" * 32)
     for call, text in [
         (lambda: client.videos.edit(prompt="a", video=("x", STILL)), "video is a picture"),
-        (lambda: client.videos.edit(prompt="a", video=("x", sound())), "video holds no video"),
+        (lambda: client.videos.edit(prompt="a", video=("x", sound_file())), "video holds no video"),
         (lambda: client.videos.edit(prompt="a", **by_id(slow.id)), "only completed"),
         (lambda: client.videos.edit(prompt="a", **unknown), "there is no video"),
         (lambda: client.videos.extend(prompt="a", seconds="1", **unknown), "there is no video"),
@@ -217,7 +207,7 @@ BAD = {
     "mask by path": (STILL, {"mask": "/etc/passwd"}, "mask", "data URL"),
     "image of one pixel": (png(PIXELS[0, :1, :1]), {}, "input_reference", "1 x 1"),
     "image too large": (None, {"input_reference": "bomb"}, "input_reference", "more than"),
-    "sound only": (sound(), {}, "input_reference", "holds no video"),
+    "sound only": (sound_file(), {}, "input_reference", "holds no video"),
     "clip truncated": (CLIP[: len(CLIP) // 2], {}, "input_reference", "damaged"),
     "clip without frames": (CLIP[:0], {}, "input_reference", "damaged"),
     "clip too long": (mp4(PIXELS[:1].repeat(65, 0)), {"strength": 0.5}, "input_reference", "more than 64 frames"),
@@ -236,7 +226,7 @@ BAD = {
     "keyframe twice": (STILL, {"keyframes": {"0": url(STILL)}}, "keyframes", "given twice"),
     "keyframe of a word": (None, {"keyframes": {"middle": url(STILL)}}, "keyframes", "should be"),
     "keyframe by path": (None, {"keyframes": {"../../x": url(STILL)}}, "keyframes", "no frame"),
-    "keyframe is a clip": (None, {"keyframes": {"0": url(sound())}}, "keyframes", "holds no video"),
+    "keyframe is a clip": (None, {"keyframes": {"0": url(sound_file())}}, "keyframes", "holds no video"),
     "fit": (STILL, {"fit": "zoom"}, "fit", "crop"),
     "loop": (None, {"loop": "yes"}, "loop", "loop"),
     "too long": (None, {"num_frames": 65}, "num_frames", "up to 64 frames"),

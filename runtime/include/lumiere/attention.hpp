@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "lumiere/group_norm.hpp"  // ParallelRegion
 #include "lumiere/inner_loops.hpp"
+#include "lumiere/parallel_region.hpp"
 
 namespace lumiere {
 
@@ -35,7 +35,7 @@ bool has_attention(std::int64_t head_dim);
 AttentionPart attention_part();
 AttentionPart attention_part_by_index(int index);
 
-// See `group_norm` for `parallel`. Results do not depend on the number of threads.
+// Runs all sequences. Results do not depend on the number of threads.
 void attention(const Attention& call, AttentionPart part, ParallelRegion parallel, int num_threads);
 
 }  // namespace lumiere

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lumiere/inner_loops.hpp"
+#include "lumiere/parallel_region.hpp"
 
 namespace lumiere {
 
@@ -31,10 +32,7 @@ constexpr int kGroupNormScratch = 3;
 GroupNormFrame group_norm_frame();
 GroupNormFrame group_norm_frame_by_index(int index);
 
-// Runs all frames. `parallel` is libgomp's GOMP_parallel, so that the frames are shared out over threads that another
-// library of this process (PyTorch) already keeps: a pool of our own would compete with them while they spin. Null: the
-// calling thread alone. Results do not depend on the number of threads.
-using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+// Runs all frames. Results do not depend on the number of threads.
 void group_norm(const GroupNorm& call, GroupNormFrame frame, ParallelRegion parallel, int num_threads);
 
 }  // namespace lumiere

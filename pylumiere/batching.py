@@ -4,9 +4,9 @@ A bucket holds all clips whose calls have one shape: stage, frames, size, guidan
 (window, step) of those clips in turn; a task brings its own timestep, text and conditioning, so tasks of different
 requests and steps stand beside each other.
 
-Lanes are threads that compute parts of a call. On a CPU every row is a part of its own: two rows on two cores are
-computed 1.3 to 2 times as fast side by side, one thread each, as one after the other with two threads each (demo
-networks, Zen 5). It also means that every network call has one row, whatever the row was batched with.
+Lanes are threads that compute parts of a call. On a CPU every row is a part of its own, and rows are computed side by
+side, each with its share of the threads: every network call has one row, whatever the row was batched with. What more
+threads gain is in benchmarks/results/cpu.jsonl ("scaling").
 
 On a GPU a call is one part. States, the step and the network's result stay on the device (`device_sampler.py`).
 """

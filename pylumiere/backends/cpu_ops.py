@@ -1,7 +1,7 @@
 """The operations of a STUNet on a CPU: oneDNN's products with weights in its own layout, and a norm in C++.
 
-Eager PyTorch spends a quarter of a bf16 call on GroupNorm, modulation and SiLU: three passes over memory, where one
-over a frame that stays in the cache will do. The C++ loop runs on the threads that PyTorch already keeps; a second pool
+Eager PyTorch makes three passes over memory for GroupNorm, modulation and SiLU, where one over a frame that stays in
+the cache will do. The C++ loop runs on the threads that PyTorch already keeps; a second pool
 would compete with them while they spin.
 
 Convolutions and linear layers are those that PyTorch calls, but their weights are reordered once and not at every call,
@@ -22,7 +22,7 @@ from pylumiere import _runtime
 from pylumiere.model.ops import Norm, PlainOps
 
 HEAD_DIMS = (16, 32, 64)
-MOST_KEYS = 512  # beyond, PyTorch's blocked attention is the faster one
+MOST_KEYS = 512  # ours keeps a sequence's keys and values in fp32 beside its scores; beyond, PyTorch's is blocked
 # Height and width that oneDNN is told when it chooses a weight's layout: always the same, so that no bit of a result
 # depends on which call came first. Of the layouts for other sizes none was faster on the demo's networks.
 PACKED_FOR = (4, 4)

@@ -4,8 +4,8 @@ Each is given its better form: weights channels-last or as they come, rows in on
 with a thread each, torch.compile with frozen weights, OpenVINO with one stream or one a row. Shapes are fixed, so that
 whatever can be folded is folded. Preparing them is not timed.
 
-OpenVINO 2026.4 breaks one of these graphs with its code generator for elementwise chains; it is switched off where the
-check finds a wrong result (`SNIPPETS_MODE=DISABLE`).
+OpenVINO 2026.4 breaks one of these graphs with its code generator for elementwise chains, which is switched off
+(`SNIPPETS_MODE=DISABLE`).
 """
 
 from __future__ import annotations

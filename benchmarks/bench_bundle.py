@@ -20,9 +20,9 @@ import numpy as np
 from _record import append_row
 
 import pylumiere
+from pylumiere.bench.compare import rel_rms
 from pylumiere.bench.networks import make_operands
 from pylumiere.loading import load_model, make_backend
-from pylumiere.testing import rel_rms
 
 PROMPT = "a red circle moves right over grass"
 

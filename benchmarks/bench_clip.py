@@ -21,10 +21,10 @@ PROMPT = "a red circle moves right over grass"
 def make_engine(model: str, device: str, precision: str):
     """The preset with random weights and an encoder that needs no files."""
     from pylumiere.backends import choose
-    from pylumiere.checkpoint import Checkpoint
+    from pylumiere.bench.samples import random_weights
+    from pylumiere.checkpoints.native import Checkpoint
     from pylumiere.config import model_preset
     from pylumiere.engine import Engine
-    from pylumiere.testing import random_weights
 
     config = dataclasses.replace(model_preset(model), text_encoder="hash")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -26,7 +26,7 @@ from pathlib import Path
 from _record import append_row
 
 from pylumiere.engine import Engine
-from pylumiere.memory import peak_resident_bytes
+from pylumiere.scheduling.memory import peak_resident_bytes
 
 MEMORY_CASES = ((16, 1), (16, 4), (80, 1), (80, 3), (16, 8))  # frames, requests at once
 

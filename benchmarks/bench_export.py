@@ -55,9 +55,9 @@ def write_random(preset: str, folder: Path) -> None:
     """A model folder with random weights in bf16."""
     import torch
 
-    from pylumiere.checkpoint import save_checkpoint
+    from pylumiere.checkpoints.native import save_checkpoint
     from pylumiere.config import model_preset
-    from pylumiere.model import STUNet
+    from pylumiere.networks.stunet import STUNet
 
     config = dataclasses.replace(model_preset(preset), text_encoder="hash")
     torch.manual_seed(0)

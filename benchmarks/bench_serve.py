@@ -25,8 +25,8 @@ import httpx
 import numpy as np
 from _record import append_row
 
-from pylumiere.memory import parse_bytes
-from pylumiere.video import VideoReader
+from pylumiere.media.video import VideoReader
+from pylumiere.scheduling.memory import parse_bytes
 
 THINGS = ("a red circle moves right over grass", "a blue square falls", "a green star grows", "a yellow ring spins")
 MIX = (  # short requests that differ in everything a batch may mix

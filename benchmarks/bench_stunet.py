@@ -20,8 +20,8 @@ COMPILE = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # we 
 def make(config, dtype: torch.dtype, device: str):
     """The network twice on the same weights: by the kernels, and eager. Both channels-last."""
     from pylumiere.backends.triton import set_backend
-    from pylumiere.model import STUNet
-    from pylumiere.testing import random_weights
+    from pylumiere.bench.samples import random_weights
+    from pylumiere.networks.stunet import STUNet
 
     weights = {name: value.to(device, dtype) for name, value in random_weights(config, seed=0).items()}
     models = []
@@ -71,9 +71,9 @@ def main() -> int:
 
 def one_case(name: str, config, dtype: torch.dtype, device: str, models, batch: int, options) -> bool:
     """Checks and times one size of call; False where the result is wrong."""
+    from pylumiere.bench.compare import rel_rms
     from pylumiere.bench.harness import kernel_shares, measure, measure_device
     from pylumiere.bench.plan import plan_network
-    from pylumiere.testing import rel_rms
 
     torch.manual_seed(0)
     model, plain = models

@@ -1,6 +1,6 @@
 """Mutated bundles against the loader. Run: python benchmarks/fuzz_bundle.py --count 10000 --json out.jsonl
 
-Each case is a copy of a small bundle with one to three mutations (pylumiere/fuzzing.py). It passes when loading it
+Each case is a copy of a small bundle with one to three mutations (tests/support/fuzzing.py). It passes when loading it
 raises BundleError or IntegrityError, no native library was called, and Python allocated less than the bound.
 """
 
@@ -20,9 +20,11 @@ from pathlib import Path
 from _record import append_row
 
 from pylumiere.errors import BundleError, IntegrityError
-from pylumiere.fuzzing import MUTATIONS, mutate, native_loaders_refused, write_sample
 from pylumiere.loading import load_model, make_backend
-from pylumiere.memory import peak_resident_bytes
+from pylumiere.scheduling.memory import peak_resident_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the mutations are a test helper
+from support.fuzzing import MUTATIONS, mutate, native_loaders_refused, write_sample
 
 BOUND_BYTES = 64 * 2**20  # of Python's allocations in one load; the manifest alone may be 2 MiB
 

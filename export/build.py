@@ -31,14 +31,24 @@ from pylumiere.export import to_tensorrt
 from pylumiere.export.cache import Cache, hash_sources, key_of
 from pylumiere.export.spec import TOLERANCE, NetworkSpec, network_specs, text_spec
 
-from pylumiere import __version__, bundle
+from pylumiere import __version__
+from pylumiere.checkpoints import bundle
+from pylumiere.checkpoints.skus import (
+    CUBIN_SMS,
+    RTX_PORTABLE_SMS,
+    RTX_SMS,
+    SKUS,
+    find_sku,
+    has_bf16,
+    match_device,
+    sms_of,
+)
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
-from pylumiere.skus import CUBIN_SMS, RTX_PORTABLE_SMS, RTX_SMS, SKUS, find_sku, has_bf16, match_device, sms_of
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 _EXPORT = Path(__file__).resolve().parent
-_PACKAGE = Path(bundle.__file__).resolve().parent
+_PACKAGE = Path(bundle.__file__).resolve().parent.parent
 
 # What the transformer itself takes of the package's weights: no pooler, no position numbers.
 _MINILM = re.compile(r"embeddings\.((word|position|token_type)_embeddings|LayerNorm)\.|encoder\.layer\.")
@@ -293,7 +303,7 @@ class _Source:
         self.hashes = {stage: bundle.file_entry(staging / path).sha256 for stage, path in self.weights.items()}
 
     def _from_checkpoint(self, model: str, staging: Path) -> None:
-        from pylumiere.checkpoint import find_model, load_checkpoint
+        from pylumiere.checkpoints.native import find_model, load_checkpoint
 
         folder = find_model(model)
         self.config = load_checkpoint(folder).config  # everything in it is checked here
@@ -329,7 +339,7 @@ def _write_text(config: ModelConfig, staging: Path) -> bundle.TextEncoder:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pylumiere.text import MiniLMEncoder
+    from pylumiere.networks.text import MiniLMEncoder
 
     if width != MiniLMEncoder.width:
         raise BundleError(f"text encoder 'minilm' is {MiniLMEncoder.width} wide; the model expects {width}")
@@ -364,7 +374,7 @@ class _Export:
         self._stop = threading.Event()
         self._running: set[subprocess.Popen] = set()
         self._sources = hash_sources(
-            [_PACKAGE / "model", _PACKAGE / "text.py", *(_EXPORT / f"{n}.py" for n in ("spec", "to_onnx", "worker"))]
+            [_PACKAGE / "networks", *(_EXPORT / f"{n}.py" for n in ("spec", "to_onnx", "worker"))]
         )
         self._versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
 
@@ -502,7 +512,7 @@ class _Export:
         job = {"spec": spec.to_json(), "model": self.source.config.to_dict(), "targets": targets, "jobs": 1,
                "compiled": str(self.cache.folder / "cubins")}  # fmt: skip
         sources = [Path(folder) for folder in pylumiere.kernels.__path__]
-        sources += [_PACKAGE / "model", _PACKAGE / "backends" / "triton.py", _EXPORT / "cubins.py"]
+        sources += [_PACKAGE / "networks", _PACKAGE / "backends" / "triton.py", _EXPORT / "cubins.py"]
         version = _version("triton")
         facts = {"spec": spec.to_json(), "model": self._network(stage), "targets": targets, "triton": version,
                  "torch": self._versions["torch"], "sources": hash_sources(sources)}  # fmt: skip

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pylumiere.bundle import ShapeRange, TensorSpec
+from pylumiere.checkpoints.bundle import ShapeRange, TensorSpec
 from pylumiere.config import ModelConfig, STUNetConfig
 from pylumiere.errors import InvalidRequest
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from pylumiere.config import STUNetConfig
 from pylumiere.errors import BundleError
-from pylumiere.model import PlainOps, STUNet
+from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.stunet import STUNet
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
@@ -69,7 +70,7 @@ def network_forward(config: STUNetConfig) -> tuple[Forward, dict[str, tuple[int,
 
 def minilm_forward(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Forward, dict[str, tuple[int, ...]]]:
     """The MiniLM encoder as a function of its weights and of token numbers; float32 embeddings."""
-    from pylumiere.text import MiniLMEncoder
+    from pylumiere.networks.text import MiniLMEncoder
 
     def forward(weights, inputs):
         encoder = MiniLMEncoder.__new__(MiniLMEncoder)  # the forward pass alone: no files, no tokenizer

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pylumiere.bundle import Library, ShapeRange
+from pylumiere.checkpoints.bundle import Library, ShapeRange
 from pylumiere.errors import UnsupportedDevice
 
 FLAVOURS = {"tensorrt_rtx": "export", "tensorrt": "tensorrt"}  # module -> extra that installs it

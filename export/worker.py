@@ -17,7 +17,7 @@ from typing import Any
 
 from pylumiere.export.spec import TOLERANCE, NetworkSpec
 
-from pylumiere.bundle import ShapeRange
+from pylumiere.checkpoints.bundle import ShapeRange
 from pylumiere.config import ModelConfig
 from pylumiere.errors import USER_ERRORS, BundleError
 
@@ -91,7 +91,7 @@ def _eager(job: dict[str, Any], spec: NetworkSpec, weights: Path):
     from pylumiere.export import to_onnx
     from safetensors.torch import load_file
 
-    from pylumiere.checkpoint import build_network
+    from pylumiere.checkpoints.native import build_network
 
     tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     if spec.stage == "text":

@@ -14,7 +14,7 @@ _HOME = {
     "Engine": "pylumiere.engine",
     "GenerationRequest": "pylumiere.request",
     "Progress": "pylumiere.request",
-    "Video": "pylumiere.video",
+    "Video": "pylumiere.media.video",
     "BudgetExceeded": "pylumiere.errors",
     "BundleError": "pylumiere.errors",
     "Cancelled": "pylumiere.errors",

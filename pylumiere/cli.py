@@ -123,7 +123,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Makes a clip from a text."""
-    from pylumiere.inputs import parse_expand, parse_keyframes, request_fields
+    from pylumiere.media.inputs import parse_expand, parse_keyframes, request_fields
     from pylumiere.request import GenerationRequest
 
     begun = time.monotonic()
@@ -177,7 +177,7 @@ def upscale(
     as_json: Json = False,
 ) -> None:
     """Super-resolution alone, for clips of any length. Sound is dropped."""
-    from pylumiere.video import PIPE, VideoReader
+    from pylumiere.media.video import PIPE, VideoReader
 
     begun = time.monotonic()
     _check_outputs(output, sheet)
@@ -461,7 +461,7 @@ def make_keys(
     public: Annotated[str | None, typer.Option(help="For the public key; PRIVATE with the ending .pub.pem.")] = None,
 ) -> None:
     """Makes an Ed25519 key pair for signing bundles."""
-    from pylumiere.bundle import make_key_pair
+    from pylumiere.checkpoints.bundle import make_key_pair
 
     public = str(Path(private).with_suffix(".pub.pem")) if public is None else public
     make_key_pair(private, public)
@@ -476,7 +476,7 @@ def _load(model: str, backend: str, device: str, precision: str, key: str | None
 
 def _check_outputs(output: str, sheet: str | None) -> None:
     """Before anything is computed: can the results be written?"""
-    from pylumiere.video import check_sheet_path, output_format
+    from pylumiere.media.video import check_sheet_path, output_format
 
     output_format(output)
     if sheet is not None:
@@ -496,8 +496,8 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
     """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
     import numpy as np
 
-    from pylumiere.video import VideoWriter, write_sheet
-    from pylumiere.windows import BackgroundWriter
+    from pylumiere.diffusion.windows import BackgroundWriter
+    from pylumiere.media.video import VideoWriter, write_sheet
 
     kept: list[tuple[int, Any]] = []
     num_frames = 0
@@ -517,7 +517,7 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
 def _report(
     output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool, streamed: bool
 ) -> None:
-    from pylumiere.memory import peak_resident_bytes
+    from pylumiere.scheduling.memory import peak_resident_bytes
 
     outputs = {"output": _absolute(output), "sheet": None if sheet is None else _absolute(sheet)}
     file = sys.stderr if output == "-" else sys.stdout  # standard output carries the clip

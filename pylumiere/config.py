@@ -105,7 +105,7 @@ class LevelConfig(_Json):
 
 @dataclass(frozen=True)
 class STUNetConfig(_Json):
-    """A Space-Time U-Net: levels, conditioning and stem. See `pylumiere.model.STUNet`.
+    """A Space-Time U-Net: levels, conditioning and stem. See `pylumiere.networks.stunet.STUNet`.
 
     Attributes:
         levels: finest first.

@@ -120,7 +120,7 @@ def _cpu_generation() -> Finding:
 
 
 def _demo_model() -> Finding:
-    from pylumiere.checkpoint import find_model
+    from pylumiere.checkpoints.native import find_model
     from pylumiere.errors import BundleError
 
     try:

@@ -22,11 +22,16 @@ import torch
 
 import pylumiere
 from pylumiere.backends import Choice
+from pylumiere.checkpoints.adapters import Style, StyleChoice, find_style, read_style, style_names
 from pylumiere.config import ModelConfig
+from pylumiere.diffusion.plan import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
+from pylumiere.diffusion.windows import memory_bytes
 from pylumiere.errors import InvalidRequest
-from pylumiere.jobs import Chunk, Job, Order, Stream
 from pylumiere.loading import load_model, make_backend
-from pylumiere.memory import (
+from pylumiere.media.video import Video
+from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
+from pylumiere.scheduling.jobs import Chunk, Job, Order, Stream
+from pylumiere.scheduling.memory import (
     LIBRARY_BYTES,
     OWN_FACTOR,
     Budget,
@@ -36,16 +41,11 @@ from pylumiere.memory import (
     parse_bytes,
     resident_bytes,
 )
-from pylumiere.pipeline import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
-from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
-from pylumiere.scheduling import SPARE, Scheduler, call_shape
-from pylumiere.styles import Style, StyleChoice, find_style, read_style, style_names
-from pylumiere.video import Video
-from pylumiere.windows import memory_bytes
+from pylumiere.scheduling.scheduler import SPARE, Scheduler, call_shape
 
 if TYPE_CHECKING:
     from pylumiere.backends.torch import TorchBackend
-    from pylumiere.checkpoint import Checkpoint
+    from pylumiere.checkpoints.native import Checkpoint
     from pylumiere.loading import BundleModel
 
 __all__ = ["Chunk", "Engine", "Job", "Stream"]

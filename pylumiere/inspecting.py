@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from pylumiere.backends.artefacts import Machine, imagined_machine, select, this_machine
-from pylumiere.bundle import Artefact, Bundle, open_bundle
+from pylumiere.checkpoints.bundle import Artefact, Bundle, open_bundle
 from pylumiere.errors import IntegrityError, UnsupportedDevice
 
 if TYPE_CHECKING:
@@ -221,10 +221,10 @@ def _shapes(artefact: Artefact, full: bool) -> list[dict[str, tuple[int, ...]]]:
 
 def _eager(bundle: Bundle, artefact: Artefact):
     """The stage's eager model in fp32, as a function of the artefact's inputs by name."""
-    from pylumiere.checkpoint import build_network, read_weights
+    from pylumiere.checkpoints.native import build_network, read_weights
 
     if artefact.stage == "text":
-        from pylumiere.text import MiniLMEncoder
+        from pylumiere.networks.text import MiniLMEncoder
 
         text = bundle.manifest.text
         encoder = MiniLMEncoder(bundle.config.text_tokens, bundle.read(text.tokenizer), bundle.read(text.weights))

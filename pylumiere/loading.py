@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pylumiere.backends.artefacts import Selection, choose_from_bundle
 from pylumiere.backends.choice import Choice, choose
-from pylumiere.bundle import Bundle, is_bundle, open_bundle
-from pylumiere.checkpoint import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
+from pylumiere.checkpoints.bundle import Bundle, is_bundle, open_bundle
+from pylumiere.checkpoints.native import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
 from pylumiere.errors import BundleError
-from pylumiere.text import HashEncoder, MiniLMEncoder, TextEncoder
+from pylumiere.networks.text import HashEncoder, MiniLMEncoder, TextEncoder
 
 if TYPE_CHECKING:
     from pylumiere.backends.torch import TorchBackend

@@ -57,9 +57,9 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A model folder with weights in which nothing is zero, so that every layer counts."""
-    from pylumiere.checkpoint import save_checkpoint
+    from pylumiere.checkpoints.native import save_checkpoint
     from pylumiere.config import model_preset
-    from pylumiere.model import STUNet
+    from pylumiere.networks.stunet import STUNet
 
     def weights(network, seed):
         torch.manual_seed(seed)

@@ -7,14 +7,14 @@ import itertools
 
 import numpy as np
 import pytest
+from support.testing import random_weights, write_random_model
 
 from pylumiere import Engine
 from pylumiere.backends.choice import choose
-from pylumiere.checkpoint import Checkpoint, load_checkpoint
+from pylumiere.checkpoints.adapters import fingerprint, save_style
+from pylumiere.checkpoints.native import Checkpoint, load_checkpoint
 from pylumiere.config import model_preset
 from pylumiere.errors import Cancelled, InvalidRequest
-from pylumiere.styles import fingerprint, save_style
-from pylumiere.testing import random_weights, write_random_model
 
 CONFIG = model_preset("tiny")  # 8 frames of 32 x 32, a base of 16 x 16
 NETWORK = CONFIG.base.network

@@ -14,7 +14,7 @@ import torch
 from pylumiere.bench import against, networks, predict, rivals
 from pylumiere.bench.facts import source_hash
 from pylumiere.bench.plan import plan_clip, plan_network
-from pylumiere.checkpoint import load_checkpoint
+from pylumiere.checkpoints.native import load_checkpoint
 from pylumiere.config import stage_preset
 from pylumiere.errors import InvalidRequest
 

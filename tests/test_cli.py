@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.testing import random_weights, write_random_model
 
-from pylumiere.checkpoint import load_checkpoint
+from pylumiere.checkpoints.adapters import fingerprint, save_style
+from pylumiere.checkpoints.native import load_checkpoint
 from pylumiere.cli import main
 from pylumiere.config import model_preset
-from pylumiere.styles import fingerprint, save_style
-from pylumiere.testing import random_weights, write_random_model
-from pylumiere.video import Video, read_image, read_video
+from pylumiere.media.video import Video, read_image, read_video
 
 
 @pytest.fixture(scope="module")

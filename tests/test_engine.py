@@ -16,16 +16,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.testing import write_random_model
 
 import pylumiere
 from pylumiere.backends.choice import bf16_units, choose
 from pylumiere.config import model_preset
+from pylumiere.diffusion.windows import NonFiniteOutput
 from pylumiere.engine import Engine
 from pylumiere.errors import BudgetExceeded, BundleError, Cancelled, InvalidRequest, UnsupportedDevice
-from pylumiere.memory import LIBRARY_BYTES, resident_bytes
 from pylumiere.request import GenerationRequest
-from pylumiere.testing import write_random_model
-from pylumiere.windows import NonFiniteOutput
+from pylumiere.scheduling.memory import LIBRARY_BYTES, resident_bytes
 
 CONFIG = model_preset("tiny")
 BASE_ROWS = 4 * 2  # rows of a default clip that the networks compute: base steps, with the prompt and without

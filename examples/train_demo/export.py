@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from train import STAGES
 
-from pylumiere.checkpoint import find_model, load_checkpoint, save_checkpoint
+from pylumiere.checkpoints.adapters import fingerprint, save_style
+from pylumiere.checkpoints.native import find_model, load_checkpoint, save_checkpoint
 from pylumiere.config import model_preset
-from pylumiere.styles import fingerprint, save_style
 
 
 def newest(network: str, folder: Path) -> dict[str, torch.Tensor]:

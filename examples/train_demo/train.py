@@ -30,11 +30,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pylumiere.checkpoint import find_model, load_checkpoint
+from pylumiere.checkpoints.native import find_model, load_checkpoint
 from pylumiere.config import stage_preset
-from pylumiere.model import STUNet, image_config
-from pylumiere.schedules import make_schedule
-from pylumiere.text import load_text_encoder
+from pylumiere.diffusion.schedules import make_schedule
+from pylumiere.networks.stunet import STUNet, image_config
+from pylumiere.networks.text import load_text_encoder
 
 TEXT_TOKENS = 24
 

@@ -26,9 +26,9 @@ from pylumiere.backends.choice import (
     find_precision,
     triton_missing,
 )
-from pylumiere.bundle import Artefact, Manifest, ShapeRange
+from pylumiere.checkpoints.bundle import Artefact, Manifest, ShapeRange
+from pylumiere.checkpoints.skus import Sku, find_sku, has_bf16, match_device
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
-from pylumiere.skus import Sku, find_sku, has_bf16, match_device
 
 ORDER = ("tensorrt", "tensorrt_rtx", "triton", "onnxruntime", "torch")
 DTYPES = {"fp32": torch.float32, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pylumiere import _runtime
-from pylumiere.model.ops import Norm, PlainOps
+from pylumiere.networks.ops import Norm, PlainOps
 
 HEAD_DIMS = (16, 32, 64)
 MOST_KEYS = 512  # ours keeps a sequence's keys and values in fp32 beside its scores; beyond, PyTorch's is blocked

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pylumiere.backends.artefacts import DTYPES, check_sizes, cut, operands_of, rows_of
 from pylumiere.backends.choice import Choice
-from pylumiere.bundle import Artefact, Bundle
+from pylumiere.checkpoints.bundle import Artefact, Bundle
 from pylumiere.errors import BundleError
-from pylumiere.text import encode_ids, load_tokenizer
+from pylumiere.networks.text import encode_ids, load_tokenizer
 
 # Element types as onnx.TensorProto numbers them, which is how an IO binding is told about bfloat16 too.
 _ELEMENTS = {"fp32": 1, "int32": 6, "int64": 7, "bool": 9, "fp16": 10, "bf16": 16}

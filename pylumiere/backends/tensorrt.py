@@ -32,7 +32,7 @@ from pylumiere.backends.artefacts import (
     this_machine,
 )
 from pylumiere.backends.choice import Choice
-from pylumiere.bundle import Artefact, Bundle
+from pylumiere.checkpoints.bundle import Artefact, Bundle
 from pylumiere.errors import BundleError, UnsupportedDevice
 
 _DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.cpu_ops import CpuOps
-from pylumiere.checkpoint import Checkpoint, build_network
+from pylumiere.checkpoints.adapters import StyleChoice, fingerprint
+from pylumiere.checkpoints.native import Checkpoint, build_network
 from pylumiere.config import STUNetConfig
-from pylumiere.model import PlainOps, STUNet
-from pylumiere.styles import StyleChoice, fingerprint
+from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.stunet import STUNet
 
 STYLED_NETWORKS = 4  # kept; each holds the weights that its style changes
 

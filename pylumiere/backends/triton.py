@@ -14,8 +14,8 @@ from pylumiere.config import STUNetConfig
 from pylumiere.errors import UnsupportedDevice
 from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_attention, temporal_conv
 from pylumiere.kernels.implicit_gemm import pack_weight
-from pylumiere.model import STUNet
-from pylumiere.model.ops import Norm, PlainOps, Shift
+from pylumiere.networks.ops import Norm, PlainOps, Shift
+from pylumiere.networks.stunet import STUNet
 
 
 class TritonOps(PlainOps):

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pylumiere.bench.compare import rel_rms
 from pylumiere.bench.facts import append_row
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels.cost import Cost
-from pylumiere.testing import rel_rms
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,19 @@ from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.bench import against as comparison
 from pylumiere.bench import check_names
+from pylumiere.bench.compare import rel_rms
 from pylumiere.bench.facts import append_row, source_hash
 from pylumiere.bench.harness import Timing, measure, measure_device
 from pylumiere.bench.plan import NetworkPlan, plan_network
 from pylumiere.bench.predict import OTHER, Measured
 from pylumiere.bench.rivals import FAMILIES, Missing, Operands, Wrapped, make_rivals, side_by_side
-from pylumiere.checkpoint import Checkpoint, build_network, find_model, load_checkpoint
+from pylumiere.checkpoints.native import Checkpoint, build_network, find_model, load_checkpoint
 from pylumiere.config import ModelConfig
 from pylumiere.errors import InvalidRequest
-from pylumiere.testing import rel_rms
 
 ROWS = 2
 ALLOWED = {"fp32": 1e-4, "bf16": 0.02}  # relative RMS error; bf16 rounds a hundred times on the way
-SOURCES = ("pylumiere/model", "pylumiere/backends/torch.py", "pylumiere/backends/cpu_ops.py", "runtime")
+SOURCES = ("pylumiere/networks", "pylumiere/backends/torch.py", "pylumiere/backends/cpu_ops.py", "runtime")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def run(
 
 def _sources(op: str) -> tuple[str, ...]:
     shared = ("kernels/implicit_gemm.py", "kernels/launching.py", "kernels/tuning.py", f"pylumiere/bench/cases/{op}.py")
-    return ("kernels", "pylumiere/model", shared[-1]) if op == LAYERS else (f"kernels/{op}.py", *shared)
+    return ("kernels", "pylumiere/networks", shared[-1]) if op == LAYERS else (f"kernels/{op}.py", *shared)
 
 
 def main(op: str) -> int:

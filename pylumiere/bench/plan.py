@@ -20,9 +20,9 @@ from torch import Tensor
 from pylumiere.config import STUNetConfig, model_preset
 from pylumiere.errors import InvalidRequest
 from pylumiere.kernels.cost import Cost
-from pylumiere.memory import activation_bytes
-from pylumiere.model import STUNet
-from pylumiere.model.ops import PlainOps
+from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.stunet import STUNet
+from pylumiere.scheduling.memory import activation_bytes
 
 
 @dataclass(frozen=True)

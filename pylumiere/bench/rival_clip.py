@@ -32,8 +32,8 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
 
     from pylumiere.bench.networks import make_operands
     from pylumiere.bench.rivals import Wrapped, export_onnx, openvino_model
-    from pylumiere.checkpoint import build_network, find_model, load_checkpoint
-    from pylumiere.schedules import make_schedule
+    from pylumiere.checkpoints.native import build_network, find_model, load_checkpoint
+    from pylumiere.diffusion.schedules import make_schedule
 
     source = find_model(model)
     checkpoint = load_checkpoint(source)
@@ -82,7 +82,7 @@ def _eager(folder: Path, numbers: dict, stage: str, dtype: str, compiled: bool =
     import torch
 
     from pylumiere.backends.torch import channels_last
-    from pylumiere.checkpoint import build_network, load_checkpoint
+    from pylumiere.checkpoints.native import build_network, load_checkpoint
 
     checkpoint = load_checkpoint(Path(numbers["model"]))
     config, weights = (
@@ -159,7 +159,10 @@ def main() -> None:
     from diffusers import DPMSolverMultistepScheduler
     from transformers import AutoTokenizer, BertModel
 
-    from pylumiere.windows import WindowPlan, frame_noise  # the noise and where windows lie: the clip's definition
+    from pylumiere.diffusion.windows import (  # the noise and where windows lie: the clip's definition
+        WindowPlan,
+        frame_noise,
+    )
 
     torch.set_grad_enabled(False)
     marks["imports"] = time.perf_counter()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pylumiere.backends.torch import channels_last
-from pylumiere.checkpoint import build_network
+from pylumiere.checkpoints.native import build_network
 from pylumiere.config import STUNetConfig
 
 FAMILIES = ("eager", "compile", "onnxruntime", "openvino")

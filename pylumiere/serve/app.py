@@ -28,9 +28,10 @@ from starlette.requests import ClientDisconnect
 
 import pylumiere
 from pylumiere.config import ModelConfig
+from pylumiere.diffusion.plan import MAX_ENLARGEMENT, plan_request, size_step
 from pylumiere.errors import BudgetExceeded, InvalidRequest
-from pylumiere.inputs import parse_keyframes
-from pylumiere.pipeline import MAX_ENLARGEMENT, plan_request, size_step
+from pylumiere.media.inputs import parse_keyframes
+from pylumiere.media.video import Limits as VideoLimits
 from pylumiere.request import GenerationRequest
 from pylumiere.serve import media, schema
 from pylumiere.serve.gate import ANYONE, Gate
@@ -56,7 +57,6 @@ from pylumiere.serve.schema import (
     VideoObject,
 )
 from pylumiere.serve.store import Job, QueueFull, Store
-from pylumiere.video import Limits as VideoLimits
 
 logger = logging.getLogger("pylumiere")
 

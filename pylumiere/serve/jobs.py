@@ -14,15 +14,15 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from pylumiere.diffusion.windows import NonFiniteOutput
 from pylumiere.engine import Chunk, Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
+from pylumiere.media.video import Limits, VideoWriter
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import media, schema
 from pylumiere.serve.hub import Hub
 from pylumiere.serve.metrics import Metrics, Sample
 from pylumiere.serve.store import Job, Store
-from pylumiere.video import Limits, VideoWriter
-from pylumiere.windows import NonFiniteOutput
 
 logger = logging.getLogger("pylumiere")
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from pylumiere.errors import VideoError
-from pylumiere.inputs import request_fields
+from pylumiere.media.inputs import request_fields
+from pylumiere.media.video import Limits, VideoReader
 from pylumiere.request import GenerationRequest
 from pylumiere.serve.schema import ApiError
-from pylumiere.video import Limits, VideoReader
 
 PREVIEW_SIDE = 256
 MAX_PREVIEWS = 48  # of one clip, evenly spaced

@@ -23,8 +23,9 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from pylumiere.bundle import is_bundle, open_bundle
-from pylumiere.checkpoint import find_model, read_config
+from pylumiere.checkpoints.adapters import style_names
+from pylumiere.checkpoints.bundle import is_bundle, open_bundle
+from pylumiere.checkpoints.native import find_model, read_config
 from pylumiere.engine import Chunk, Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
 from pylumiere.request import GenerationRequest, Progress
@@ -33,7 +34,6 @@ from pylumiere.serve.app import Limits, Service, create_app
 from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost, check_style
 from pylumiere.serve.keys import KeyRing, read_keys
 from pylumiere.serve.store import Store
-from pylumiere.styles import style_names
 
 WINDOW_SECONDS = 600.0
 

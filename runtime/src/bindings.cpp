@@ -236,7 +236,7 @@ NB_MODULE(_runtime, m) {
     try {
       std::rethrow_exception(p);
     } catch (const NonFiniteOutput& e) {
-      nb::object error = nb::module_::import_("pylumiere.windows").attr("NonFiniteOutput")(
+      nb::object error = nb::module_::import_("pylumiere.diffusion.windows").attr("NonFiniteOutput")(
           e.what(), e.task.clip, static_cast<std::int64_t>(e.stage), e.task.step, e.task.window);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }

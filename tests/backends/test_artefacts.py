@@ -6,7 +6,7 @@ import pytest
 
 from pylumiere.backends.artefacts import Machine, check_sizes, cut, imagined_machine, select
 from pylumiere.backends.choice import choose
-from pylumiere.bundle import (
+from pylumiere.checkpoints.bundle import (
     Artefact,
     FileEntry,
     Library,

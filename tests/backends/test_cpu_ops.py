@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.testing import rel_rms
 
 from pylumiere.backends import cpu_ops
-from pylumiere.model.ops import Norm, PlainOps
-from pylumiere.testing import rel_rms
+from pylumiere.networks.ops import Norm, PlainOps
 
 # fp32: rounding of the affine form. bf16: half a unit of the result, and of the rounded inputs nothing, since the
 # oracle reads the same ones.

@@ -17,12 +17,13 @@ import torch
 
 pytest.importorskip("pydantic", reason="the engine needs pydantic, which is not installed here")
 
+from support.testing import write_random_model
+
 from pylumiere.backends.graphs import HostCalls
 from pylumiere.engine import Engine
-from pylumiere.memory import OWN_FACTOR
 from pylumiere.request import GenerationRequest
-from pylumiere.scheduling import call_shape
-from pylumiere.testing import write_random_model
+from pylumiere.scheduling.memory import OWN_FACTOR
+from pylumiere.scheduling.scheduler import call_shape
 
 
 @pytest.fixture(scope="module")

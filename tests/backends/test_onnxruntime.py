@@ -11,13 +11,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from support.testing import rel_rms, write_random_model
 
 import pylumiere
 from pylumiere.backends.onnxruntime import open_session
-from pylumiere.bundle import MANIFEST, describe_files, open_bundle, parse_manifest, write_manifest
+from pylumiere.checkpoints.bundle import MANIFEST, describe_files, open_bundle, parse_manifest, write_manifest
 from pylumiere.errors import BundleError, IntegrityError, InvalidRequest, UnsupportedDevice
 from pylumiere.loading import load_model, make_backend
-from pylumiere.testing import rel_rms, write_random_model
 
 pytest.importorskip("onnxruntime")
 PROMPT = "a red ball"
@@ -104,7 +104,7 @@ def test_the_definition_of_the_networks_is_not_imported(plm, tmp_path):
         import pylumiere
         with pylumiere.Engine.load(sys.argv[1], precision="fp32") as engine:
             clip = engine.generate("a red ball", seed=3)
-        modules = [name for name in sys.modules if name.startswith(("pylumiere.model", "pylumiere.kernels"))]
+        modules = [name for name in sys.modules if name.startswith(("pylumiere.networks.stunet", "pylumiere.kernels"))]
         print(json.dumps([list(clip.frames.shape), modules, "pylumiere.backends.torch" in sys.modules]))
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(code), str(plm)]

@@ -16,7 +16,7 @@ import torch
 from pylumiere.backends.artefacts import Machine
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.tensorrt import TensorRTBackend
-from pylumiere.bundle import Artefact, FileEntry, Library, Receipt, ShapeRange, Target, TensorSpec
+from pylumiere.checkpoints.bundle import Artefact, FileEntry, Library, Receipt, ShapeRange, Target, TensorSpec
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
 
 CHOICE = Choice("tensorrt_rtx", torch.device("cpu"), "fp16", "test")

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
+from support.testing import rel_rms, write_random_model
 
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.torch import TorchBackend
-from pylumiere.checkpoint import build_network, load_checkpoint
-from pylumiere.testing import rel_rms, write_random_model
+from pylumiere.checkpoints.native import build_network, load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from pylumiere.kernels import launching
+from support.testing import assert_close, random_weights, rel_rms
 
 from pylumiere.backends import Choice
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.backends.triton import TritonBackend, TritonOps, record_network, set_backend
-from pylumiere.checkpoint import Checkpoint
+from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import LevelConfig, ModelConfig, StageConfig, STUNetConfig, stage_preset
 from pylumiere.errors import UnsupportedDevice
-from pylumiere.model import PlainOps, STUNet
-from pylumiere.testing import assert_close, random_weights, rel_rms
+from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.stunet import STUNet
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 

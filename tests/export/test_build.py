@@ -20,8 +20,8 @@ from pylumiere.export.build import ExportOptions, export_bundle
 from pylumiere.export.spec import network_specs
 from safetensors.torch import load_file, save_file
 
-from pylumiere.bundle import make_key_pair, open_bundle
-from pylumiere.checkpoint import build_network
+from pylumiere.checkpoints.bundle import make_key_pair, open_bundle
+from pylumiere.checkpoints.native import build_network
 from pylumiere.config import model_preset
 from pylumiere.errors import BundleError, IntegrityError, InvalidRequest, UnsupportedDevice
 

@@ -12,7 +12,7 @@ from pylumiere.export.to_onnx import ExportOps, compare
 
 from pylumiere.config import model_preset
 from pylumiere.errors import BundleError
-from pylumiere.model import PlainOps
+from pylumiere.networks.ops import PlainOps
 
 SPEC = network_specs(model_preset("tiny"))["ssr"]
 SIZES = {"B": 1, "T": 2, "H": 8, "W": 8}

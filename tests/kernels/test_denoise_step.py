@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pylumiere.kernels import denoise_step as op
 from pylumiere.kernels import launching
+from support.testing import DTYPES, assert_close, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SOURCE = Path(op.__file__).parent / "csrc"

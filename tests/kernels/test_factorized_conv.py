@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from pylumiere.kernels import factorized_conv as op
 from pylumiere.kernels import launching
 from pylumiere.kernels.implicit_gemm import pack_weight
+from support.testing import DTYPES, assert_close, rel_rms, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SHAPES = shapes("B T H W C M O", [

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pylumiere.kernels import groupnorm_silu as op
 from pylumiere.kernels import launching, norm_affine
+from support.testing import DTYPES, assert_close, rel_rms, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SHAPES = shapes("B T S C num_groups", [

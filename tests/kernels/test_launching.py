@@ -10,9 +10,8 @@ import torch
 import triton
 from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_conv
 from pylumiere.kernels.implicit_gemm import implicit_gemm_kernel, pack_weight
+from support.testing import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import assert_close
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pylumiere.kernels import implicit_gemm, launching, spatial_conv
-
-from pylumiere.testing import assert_close
+from support.testing import assert_close
 
 FAULTS = {
     "none": ("", ""),

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pylumiere.kernels import launching
 from pylumiere.kernels import norm_affine as op
+from support.testing import DTYPES, assert_close, rel_rms, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SHAPES = shapes("N S C num_groups", [

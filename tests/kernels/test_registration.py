@@ -12,9 +12,8 @@ from pylumiere.kernels import (
     temporal_conv,
     temporal_shift,
 )
+from support.testing import rel_rms
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import rel_rms
 
 ops = torch.ops.pylumiere
 REFERENCES = {

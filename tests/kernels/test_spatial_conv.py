@@ -9,9 +9,8 @@ from pylumiere.kernels import launching, tuning
 from pylumiere.kernels import spatial_conv as op
 from pylumiere.kernels.implicit_gemm import pack_weight
 from pylumiere.kernels.norm_affine import statistics_reference
+from support.testing import DTYPES, assert_close, rel_rms, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, rel_rms, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SHAPES = shapes("B T H W C O k", [

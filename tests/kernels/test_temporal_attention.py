@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pylumiere.kernels import launching, tuning
 from pylumiere.kernels import temporal_attention as op
+from support.testing import DTYPES, assert_close, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from pylumiere.testing import DTYPES, assert_close, shapes
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 SHAPES = shapes("B T S num_heads D", [

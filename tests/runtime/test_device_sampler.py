@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pylumiere.kernels import denoise_step
 
 from pylumiere.backends.graphs import HostCalls
-from pylumiere.device_sampler import DeviceSampler
-from pylumiere.windows import BatchSampler, NonFiniteOutput, WindowPlan, memory_bytes
+from pylumiere.diffusion.device_sampler import DeviceSampler
+from pylumiere.diffusion.windows import BatchSampler, NonFiniteOutput, WindowPlan, memory_bytes
 
 _spec = importlib.util.spec_from_file_location("exact", Path(__file__).with_name("test_exact.py"))
 exact = importlib.util.module_from_spec(_spec)
@@ -263,7 +263,7 @@ def test_with_guidance_rescale_equal_to_rounding(device):
 def test_the_kernel_itself_gives_these_bits(device, monkeypatch):
     """On a CPU in Triton's interpreter, which is slow: a few short clips."""
     if device == "cpu":
-        from pylumiere import device_sampler
+        from pylumiere.diffusion import device_sampler
 
         monkeypatch.setattr(device_sampler, "denoise_step_", denoise_step.launch_)
     rng = random.Random(3)
@@ -379,7 +379,7 @@ def test_wrong_use_is_named():
 @pytest.mark.parametrize("length, guided", [(1, False), (5, True), (8, False)])
 def test_a_warm_sampler_uses_no_form_of_the_step_for_the_first_time(length, guided, monkeypatch):
     """Forms: what a kernel is compiled for. Buffers of the sampler do not grow either."""
-    from pylumiere import device_sampler
+    from pylumiere.diffusion import device_sampler
 
     forms = set()
 

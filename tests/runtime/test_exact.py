@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pylumiere.windows import BatchSampler, FrameBuffer, WindowPlan, memory_bytes, sample_clip
+from pylumiere.diffusion.windows import BatchSampler, FrameBuffer, WindowPlan, memory_bytes, sample_clip
 
 _spec = importlib.util.spec_from_file_location("offline", Path(__file__).with_name("offline.py"))
 offline = importlib.util.module_from_spec(_spec)

@@ -14,9 +14,7 @@ import torch
 
 from pylumiere import _runtime
 from pylumiere.cli import main
-from pylumiere.errors import Cancelled
-from pylumiere.video import VideoWriter
-from pylumiere.windows import (
+from pylumiere.diffusion.windows import (
     BackgroundWriter,
     BatchSampler,
     FrameBuffer,
@@ -28,6 +26,8 @@ from pylumiere.windows import (
     to_uint8,
     to_yuv420p,
 )
+from pylumiere.errors import Cancelled
+from pylumiere.media.video import VideoWriter
 
 SHAPE = (2, 2, 3)
 

@@ -21,8 +21,10 @@ for _name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "op
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+from support.testing import random_weights, write_random_model  # noqa: E402
 
-from pylumiere.checkpoint import load_checkpoint  # noqa: E402
+from pylumiere.checkpoints.adapters import fingerprint, save_style  # noqa: E402
+from pylumiere.checkpoints.native import load_checkpoint  # noqa: E402
 from pylumiere.config import model_preset  # noqa: E402
 from pylumiere.engine import Engine  # noqa: E402
 from pylumiere.serve.app import Limits, Service  # noqa: E402
@@ -30,8 +32,6 @@ from pylumiere.serve.jobs import LocalWorker  # noqa: E402
 from pylumiere.serve.keys import KeyRing  # noqa: E402
 from pylumiere.serve.server import listening_socket, make_server  # noqa: E402
 from pylumiere.serve.store import Store  # noqa: E402
-from pylumiere.styles import fingerprint, save_style  # noqa: E402
-from pylumiere.testing import random_weights, write_random_model  # noqa: E402
 
 SLOW = {"num_inference_steps": 1000}  # a clip that is still running when it is cancelled
 

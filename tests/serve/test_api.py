@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from pylumiere.errors import InvalidRequest
+from pylumiere.media.video import read_video
 from pylumiere.serve import media
 from pylumiere.serve.app import Limits
 from pylumiere.serve.schema import frames_for
-from pylumiere.video import read_video
 
 from .conftest import SLOW, wait_until
 

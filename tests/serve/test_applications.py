@@ -12,11 +12,11 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from support.testing import sound_file
 
-from pylumiere.inputs import request_fields
+from pylumiere.media.inputs import request_fields
+from pylumiere.media.video import read_video
 from pylumiere.serve.app import Limits
-from pylumiere.testing import sound_file
-from pylumiere.video import read_video
 
 from .conftest import SLOW, wait_until
 

@@ -155,8 +155,9 @@ def test_only_the_signer_s_bundle_is_served(tmp_path, capsys):
     """The sample is signed, and its graphs are random bytes: whoever trusts the signer comes as far as those."""
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     pytest.importorskip("cryptography", reason="the export extra is not installed")
-    from pylumiere.bundle import make_key_pair
-    from pylumiere.fuzzing import write_sample
+    from support.fuzzing import write_sample
+
+    from pylumiere.checkpoints.bundle import make_key_pair
 
     bundle, key = write_sample(tmp_path)
     make_key_pair(tmp_path / "other.pem", tmp_path / "other.pub.pem")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pylumiere.inputs import read_mask, request_fields
-from pylumiere.video import read_video
+from pylumiere.media.inputs import read_mask, request_fields
+from pylumiere.media.video import read_video
 
 from .conftest import SLOW, wait_until
 from .test_applications import CLIP, PIXELS, STILL, png

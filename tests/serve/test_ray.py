@@ -20,7 +20,7 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 
 from pylumiere.errors import InvalidRequest  # noqa: E402
-from pylumiere.inputs import request_fields  # noqa: E402
+from pylumiere.media.inputs import request_fields  # noqa: E402
 
 from .conftest import wait_until  # noqa: E402
 from .test_applications import CLIP, MASK, OTHER, STILL  # noqa: E402

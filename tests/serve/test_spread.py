@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from support.testing import write_random_model
 
 from pylumiere.engine import Engine
 from pylumiere.errors import InvalidRequest
 from pylumiere.serve.spread import PlaceLost, answer, fingerprint, spread
-from pylumiere.testing import write_random_model
 
 REQUEST = {"seed": 7, "num_frames": 8, "window_frames": 2, "window_overlap": 1}
 

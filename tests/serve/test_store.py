@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from pylumiere.errors import InvalidRequest
+from pylumiere.media.video import read_video
 from pylumiere.serve.store import MAX_ATTEMPTS, QueueFull, Store
-from pylumiere.video import read_video
 
 from .chaos import run_chaos
 from .conftest import SLOW, wait_until

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pylumiere.bench.harness import Case, Site
 from pylumiere.kernels.cost import Cost
-from pylumiere.model.ops import PlainOps
+from pylumiere.networks.ops import PlainOps
 
 TABLE = None  # tiles are the operators'
 SIZES = {  # frames, height and width, channels, heads

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pylumiere.bench.harness import Case, Site
 from pylumiere.kernels import temporal_shift
-from pylumiere.model.ops import Shift, shift_frames
+from pylumiere.networks.ops import Shift, shift_frames
 
 TABLE = "temporal_shift"
 SIZES = {  # batch, frames, pixels, channels

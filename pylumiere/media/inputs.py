@@ -1,0 +1,359 @@
+"""A user's pictures, clips and masks as arrays of a request, and their place in the frame.
+
+Pictures are read by Pillow, clips by FFmpeg; what one does not know, the other is asked. A picture is turned upright
+(EXIF), transparent pixels show white (in a mask: black), grey and 16-bit pixels become 8-bit RGB, an embedded colour
+profile is ignored. A clip of varying frame rate is read at its average rate, each frame standing until the next comes.
+Sizes are checked before pixels are decoded.
+
+`fit` says where a picture lies in a frame of another shape:
+
+    crop     scaled until it covers the frame, the middle kept
+    pad      scaled until all of it is inside, in the middle; the bars beside it are black and are no part of it
+    stretch  scaled to the frame, each side by itself
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pylumiere.errors import InvalidRequest, VideoError
+from pylumiere.media.video import PIPE, Limits, VideoReader
+from pylumiere.request import EDGES, MIN_SIDE
+
+Source = str | os.PathLike | bytes
+Fit = Literal["crop", "pad", "stretch"]
+LIMITS = Limits()
+
+# What Pillow may parse. Formats that call other programs (EPS) or are only containers of others are missing.
+_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "ICO", "DIB", "MPO", "QOI")
+
+
+def read_image(source: Source, limits: Limits = LIMITS) -> np.ndarray:
+    """One picture, or the first frame of a clip: [H, W, 3] uint8.
+
+    Raises:
+        VideoError: no such file, no picture, damaged, too large, or smaller than 2 x 2.
+    """
+    pixels = _read_picture(source, limits, (255, 255, 255))
+    if pixels is None:
+        with VideoReader(source, limits) as reader:
+            frame = next(iter(reader))
+            pixels = _square(frame, reader.pixel_aspect)
+    _check_side(source, pixels)
+    return pixels
+
+
+def read_clip(
+    source: Source, fps: float | None = None, max_frames: int | None = None, limits: Limits = LIMITS
+) -> tuple[np.ndarray, float | None]:
+    """A clip as [T, H, W, 3] uint8, and its frames a second (None for pictures and folders of pictures).
+
+    Args:
+        fps: rate to read it at; its own, or the average of a varying one, if None.
+        max_frames: stop there; the rest is not decoded.
+
+    Raises:
+        VideoError: no such file, no video in it, no frames, damaged, too large, or smaller than 2 x 2.
+    """
+    with VideoReader(source, limits) as reader:
+        rate = fps or reader.fps
+        frame_bytes = max(1, reader.height * reader.width * 3)
+        most = max(1, limits.max_bytes // frame_bytes)
+        frames: list[np.ndarray] = []
+        for frame in _at_rate(reader, rate):
+            if len(frames) >= most:
+                size = f"{reader.width} x {reader.height}"
+                raise VideoError(f"input {reader.path!r} has more than {most} frames of {size}; make it shorter")
+            frames.append(_square(frame, reader.pixel_aspect))
+            if len(frames) == max_frames:
+                break
+        clip = np.stack(frames)
+    _check_side(source, clip[0])
+    return clip, rate if reader.fps else fps
+
+
+def read_mask(
+    source: Source, fps: float | None = None, max_frames: int | None = None, limits: Limits = LIMITS
+) -> np.ndarray:
+    """A mask: bool [H, W] from a picture, [T, H, W] from a clip. White (green of 128 or more) is True: made anew.
+
+    Raises:
+        VideoError: as `read_clip`.
+    """
+    pixels = _read_picture(source, limits, (0, 0, 0))
+    if pixels is None:
+        frames, _ = read_clip(source, fps, max_frames, limits)
+        pixels = frames[0] if len(frames) == 1 else frames
+    _check_side(source, pixels)
+    return pixels[..., 1] >= 128
+
+
+def request_fields(
+    *,
+    image: Source | None = None,
+    video: Source | None = None,
+    mask: Source | None = None,
+    keyframes: Mapping[int, Source] | None = None,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    limits: Limits = LIMITS,
+) -> dict[str, Any]:
+    """Files, or their bytes, as fields of a GenerationRequest. Fields that are not given are left out.
+
+    A clip gives the result its rate; `fps` reads it at another. A clip longer than `num_frames` is cut.
+
+    Raises:
+        VideoError, InvalidRequest: one line that names the input and what is wrong.
+    """
+    fields: dict[str, Any] = {}
+    if fps is not None:
+        fields["fps"] = fps
+    if num_frames is not None:
+        fields["num_frames"] = num_frames
+    if image is not None:
+        fields["image"] = read_image(image, limits)
+    if keyframes:
+        fields["keyframes"] = {index: read_image(source, limits) for index, source in keyframes.items()}
+    if video is not None:
+        fields["video"], rate = read_clip(video, fps, num_frames, limits)
+        if rate is not None:
+            fields["fps"] = min(rate, 1000.0)
+    if mask is not None:
+        fields["mask"] = read_mask(mask, fps, num_frames, limits)
+    return fields
+
+
+def parse_keyframes(texts: Iterable[str]) -> dict[int, str]:
+    """"0:a.png" as {0: "a.png"}; -1 and last are the last frame, first is 0.
+
+    Raises:
+        InvalidRequest: another form, or a frame twice.
+    """
+    keyframes: dict[int, str] = {}
+    for text in texts:
+        match = re.fullmatch(r"(-?\d{1,7}|first|last):(.+)", text, re.DOTALL)
+        if match is None:
+            raise InvalidRequest(f"keyframes={text!r}: should be FRAME:FILE, such as 0:a.png, 79:b.png or last:b.png")
+        index = {"first": 0, "last": -1}.get(match[1]) if match[1] in ("first", "last") else int(match[1])
+        if index in keyframes:
+            raise InvalidRequest(f"keyframes={text!r}: frame {match[1]} is given twice")
+        keyframes[index] = match[2]
+    return keyframes
+
+
+def parse_expand(text: str) -> dict[str, int]:
+    """"left=16,top=8" as {"left": 16, "top": 8}; "all=16" is every edge.
+
+    Raises:
+        InvalidRequest: another form.
+    """
+    edges: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(rf"\s*({'|'.join(EDGES)}|all)\s*=\s*(\d{{1,5}})\s*", part)
+        if match is None:
+            raise InvalidRequest(f"expand={text!r}: should be EDGE=PIXELS,..., such as left=16,right=16; edges are "
+                                 f"{', '.join(EDGES)}, all")  # fmt: skip
+        for edge in EDGES if match[1] == "all" else (match[1],):
+            edges[edge] = int(match[2])
+    return edges
+
+
+# ---- place in the frame ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture of one size lies in a frame of another.
+
+    Attributes:
+        frame: height and width of the frame.
+        box: rows and columns of the frame that the picture was fitted to.
+        inner: rows and columns that show it: the box without the bars that `pad` leaves.
+        scaled: height and width that the picture is scaled to; its middle part is shown.
+    """
+
+    frame: tuple[int, int]
+    box: tuple[slice, slice]
+    inner: tuple[slice, slice]
+    scaled: tuple[int, int]
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """[H, W, C] uint8 or float in 0..1 as float32 [*frame, C]. Bars are 0; beside the box its edge goes on."""
+        import torch
+        import torch.nn.functional as F
+
+        pixels = picture.astype(np.float32)
+        if picture.dtype == np.uint8:
+            pixels = pixels / np.float32(255)
+        if pixels.shape[:2] != self.scaled:
+            planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            planes = F.interpolate(planes, self.scaled, mode="bilinear", antialias=True)
+            pixels = planes[0].permute(1, 2, 0).numpy()
+        height, width = (s.stop - s.start for s in self.inner)
+        y, x = (self.scaled[0] - height) // 2, (self.scaled[1] - width) // 2
+        pixels = pixels[y : y + height, x : x + width]
+        bars = [(i.start - b.start, b.stop - i.stop) for i, b in zip(self.inner, self.box, strict=True)]
+        margins = [(b.start, size - b.stop) for b, size in zip(self.box, self.frame, strict=True)]
+        pixels = np.pad(pixels, [*bars, (0, 0)])
+        return np.ascontiguousarray(np.pad(pixels, [*margins, (0, 0)], mode="edge"))
+
+
+    def cover(self, mask: np.ndarray) -> np.ndarray:
+        """[H, W] bool as bool [*frame]: pixels that a True pixel touches with any of its area; False beside `inner`."""
+        for axis in (0, 1):
+            size, scaled, shown = mask.shape[axis], self.scaled[axis], self.inner[axis].stop - self.inner[axis].start
+            first = (scaled - shown) // 2
+            edges = np.arange(first, first + shown + 1) * (size / scaled)
+            low = np.floor(edges[:-1] + 1e-6).astype(int)
+            high = np.maximum(low + 1, np.ceil(edges[1:] - 1e-6).astype(int))
+            counts = np.cumsum(np.insert(mask.astype(np.int64), 0, 0, axis), axis)
+            mask = counts.take(high, axis) > counts.take(low, axis)
+        covered = np.zeros(self.frame, bool)
+        covered[self.inner] = mask
+        return covered
+
+
+def place(
+    picture: tuple[int, int], frame: tuple[int, int], fit: Fit = "crop", expand: Mapping[str, int] | None = None
+) -> Placement:
+    """The placement of a picture of (height, width) in a frame of (height, width).
+
+    Args:
+        expand: pixels of the frame at its edges that the picture leaves free.
+
+    Raises:
+        InvalidRequest: nothing of the frame is left.
+    """
+    edges = {edge: (expand or {}).get(edge, 0) for edge in EDGES}
+    rows, columns = (edges["top"], frame[0] - edges["bottom"]), (edges["left"], frame[1] - edges["right"])
+    size = (rows[1] - rows[0], columns[1] - columns[0])
+    if min(size) < MIN_SIDE:
+        raise InvalidRequest(
+            f"expand={_edges_text(edges)}: the frame is {frame[1]} x {frame[0]} (width x height), "
+            "which leaves no place for the picture"
+        )
+    box = slice(*rows), slice(*columns)
+    if fit == "stretch":
+        return Placement(frame, box, box, size)
+    scales = [have / want for have, want in zip(size, picture, strict=True)]
+    scale = max(scales) if fit == "crop" else min(scales)
+    scaled = tuple(max(1, round(side * scale)) for side in picture)
+    if fit == "crop":
+        return Placement(frame, box, box, tuple(map(max, scaled, size)))
+    scaled = tuple(map(min, scaled, size))
+    starts = [b.start + (have - want) // 2 for b, have, want in zip(box, size, scaled, strict=True)]
+    inner = tuple(slice(start, start + side) for start, side in zip(starts, scaled, strict=True))
+    return Placement(frame, box, inner, scaled)
+
+
+def _edges_text(edges: Mapping[str, int]) -> str:
+    return ",".join(f"{edge}={pixels}" for edge, pixels in edges.items() if pixels)
+
+
+# ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _read_picture(source: Source, limits: Limits, behind: tuple[int, int, int]) -> np.ndarray | None:
+    """[H, W, 3] uint8 by Pillow; None for what it does not know, and for pictures that move."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not isinstance(source, bytes) and (str(source) == PIPE or os.path.isdir(source)):
+        return None
+    name = _name(source)
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_known(Image))
+    except UnidentifiedImageError:
+        return None
+    except OSError as error:
+        if error.strerror is None:
+            return None  # a damaged picture: FFmpeg says what is wrong
+        raise VideoError(f"input {name!r} cannot be read: {error.strerror}") from error
+    except Image.DecompressionBombError as error:  # raised from the header, before pixels
+        raise VideoError(f"input {name!r}: more than {limits.max_pixels} pixels") from error
+    except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
+        raise VideoError(f"input {name!r} is damaged: {_first_line(error)}") from error
+    with image:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise VideoError(f"input {name!r}: {width} x {height} has more than {limits.max_pixels} pixels")
+        if getattr(image, "n_frames", 1) > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF") and behind == (0, 0, 0):
+            return None  # a mask that moves
+        try:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return np.array(_rgb(image, behind))
+        except Exception as error:
+            raise VideoError(f"input {name!r} is damaged: {_first_line(error)}") from error
+
+
+def _rgb(image, behind: tuple[int, int, int]):
+    """A Pillow image of any mode as RGB; Pillow itself would clip 16-bit and float pixels."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F":
+            values = np.nan_to_num(values) * (255 if np.nanmax(values, initial=0) <= 1 else 1)
+        else:
+            values = values / 257  # 16 bits, also where Pillow holds them in 32
+        return Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _known(module) -> list[str]:
+    module.init()
+    return [name for name in _PICTURES if name in module.OPEN]
+
+
+def _at_rate(reader: VideoReader, rate: float | None) -> Iterator[np.ndarray]:
+    """Frames at a constant rate: the k-th is the last one shown before (k + 0.5) / rate. A clip that comes evenly at
+    that rate is left as it is."""
+    count, first, last, shown = 0, None, 0.0, None
+    for time, frame in reader.timed():
+        if rate is None or time is None:
+            yield frame
+            continue
+        first = time if first is None else first
+        last = max(last, time - first)
+        while shown is not None and (count + 0.5) / rate <= last:
+            yield shown
+            count += 1
+        shown = frame
+    if shown is not None:
+        end = last + 1 / (reader.fps or rate) - 0.25 / rate
+        while count == 0 or count / rate < end:
+            yield shown
+            count += 1
+
+
+def _square(frame: np.ndarray, aspect: float) -> np.ndarray:
+    """A frame with square pixels: wider, where its pixels are wider than high."""
+    if abs(aspect - 1) < 0.01:
+        return frame
+    height, width = frame.shape[:2]
+    wide = place((height, width), (height, max(MIN_SIDE, round(width * aspect))), "stretch").apply(frame)
+    return (wide * 255 + 0.5).astype(np.uint8)
+
+
+def _check_side(source: Source, pixels: np.ndarray) -> None:
+    height, width = pixels.shape[-3:-1]
+    if min(height, width) < MIN_SIDE:
+        raise VideoError(f"input {_name(source)!r} is {width} x {height}; at least {MIN_SIDE} x {MIN_SIDE} is needed")
+
+
+def _name(source: Source) -> str:
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

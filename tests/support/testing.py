@@ -1,0 +1,121 @@
+"""Comparisons, tolerances and shapes, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pylumiere.bench.compare import rel_rms
+from pylumiere.bench.samples import random_weights
+
+if TYPE_CHECKING:
+    from pylumiere.config import ModelConfig
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Relative RMS error against the float64 reference on the same rounded inputs, in multiples of finfo(dtype).eps.
+# "elementwise": a handful of fp32 operations and one rounding at the store. Rounding alone costs about 0.2 to 0.4 eps
+#     in 16 bits; fp32 transcendental functions cost about 1 eps.
+# "matmul": sums over K products in fp32; the error grows like sqrt(K), in practice below 4 eps for K up to 3,000 in
+#     fp32. In 16 bits the products are exact and the store rounds, but a prologue rounds its activation once more.
+#     bf16 has twice the bound because Triton's interpreter truncates to bf16 where the GPU rounds to nearest.
+# The bounds of rounding are averages over many values. Of few values (`effective_count`) each may be rounded as badly
+# as can be: by eps / 2 to nearest, by eps when truncated. From 256 values on, whose mean squared error is 0.18 eps^2
+# when truncated, Hoeffding's inequality gives less than 1e-7 for an RMS above 0.6 eps.
+TOLERANCE = {
+    "elementwise": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 0.6},
+    "matmul": {torch.float64: 8.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 1.0},
+}
+
+
+WORST_ROUNDING = {torch.float16: 0.501, torch.bfloat16: 1.001}
+FEW = 256
+
+
+def effective_count(x: torch.Tensor) -> float:
+    """How many values carry the energy of x: all of them if they are of one size, 1 if one outweighs the rest."""
+    square = x.detach().double().square()
+    fourth = square.square().sum().item()
+    return square.sum().item() ** 2 / fourth if fourth > 0 else float(x.numel())
+
+
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    kind: str = "elementwise",
+    plain: torch.Tensor | None = None,
+    name: str = "output",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fail unless `actual` is as close to the oracle as its dtype allows.
+
+    Args:
+        actual: the result under test.
+        expected: the oracle, computed in float64 from the same rounded inputs.
+        kind: row of `TOLERANCE`.
+        plain: the same computation by plain PyTorch in the dtype under test. Its error, doubled, is allowed too:
+            the rule for attention and matrix products.
+        dtype: precision that the tolerance is taken from, if it is not `actual.dtype`.
+    """
+    dtype = dtype or actual.dtype
+    eps = torch.finfo(dtype).eps
+    bound = TOLERANCE[kind][dtype] * eps
+    if effective_count(expected) < FEW:
+        bound = max(bound, WORST_ROUNDING.get(dtype, 0.0) * eps)
+    if plain is not None:
+        bound += 2 * rel_rms(plain, expected)
+    error = rel_rms(actual, expected)
+    if error <= bound:
+        return
+    difference = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs()
+    finite = torch.isfinite(difference)
+    worst = int(torch.where(finite, difference, torch.inf).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape))
+    raise AssertionError(
+        f"{name}: relative RMS error {error:.3e} = {error / eps:.2f} eps of {dtype}, allowed {bound / eps:.2f} eps; "
+        f"worst at {index}: {actual[index].item()} instead of {expected[index].item()}; "
+        f"{int((~torch.isfinite(actual)).sum())} of {actual.numel()} values are not finite"
+    )
+
+
+def shapes(names: str, rows: Iterable[tuple]) -> list[Any]:
+    """pytest parameters whose ids name each size: `shapes("N C", [(2, 8)])` gives the id N2-C8."""
+    import pytest
+
+    letters = names.split()
+    return [pytest.param(row, id="-".join(f"{n}{v}" for n, v in zip(letters, row, strict=True))) for row in rows]
+
+
+# ---- models of a few thousand weights ------------------------------------------------------------------------------
+
+
+def sound_file() -> bytes:
+    """An mp4 that holds sound and no picture."""
+    import io
+
+    import av
+    import numpy as np
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame) + stream.encode(None))
+    return file.getvalue()
+
+
+def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
+    """A model folder with random weights; of the preset "tiny" if no config is given."""
+    from pylumiere.checkpoints.native import save_checkpoint
+    from pylumiere.config import model_preset
+
+    config = model_preset("tiny") if config is None else config
+    ssr = None if config.ssr is None else random_weights(config.ssr.network, seed + 1)
+    save_checkpoint(folder, config, random_weights(config.base.network, seed), ssr)
+    return folder

@@ -23,8 +23,8 @@ def make_engine(model: str, device: str, precision: str):
     from pylumiere.backends import choose
     from pylumiere.bench.samples import random_weights
     from pylumiere.checkpoints.native import Checkpoint
-    from pylumiere.config import model_preset
     from pylumiere.engine import Engine
+    from pylumiere.networks.stunet.presets import model_preset
 
     config = dataclasses.replace(model_preset(model), text_encoder="hash")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

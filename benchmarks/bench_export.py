@@ -56,8 +56,8 @@ def write_random(preset: str, folder: Path) -> None:
     import torch
 
     from pylumiere.checkpoints.native import save_checkpoint
-    from pylumiere.config import model_preset
     from pylumiere.networks.stunet import STUNet
+    from pylumiere.networks.stunet.presets import model_preset
 
     config = dataclasses.replace(model_preset(preset), text_encoder="hash")
     torch.manual_seed(0)

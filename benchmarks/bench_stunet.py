@@ -58,7 +58,7 @@ def main() -> int:
         return 2
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is now
-    from pylumiere.config import stage_preset
+    from pylumiere.networks.stunet.presets import stage_preset
 
     name = "tiny-ssr" if options.smoke else options.network
     dtype = torch.float32 if options.smoke else torch.bfloat16

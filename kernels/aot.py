@@ -61,7 +61,7 @@ def network_launches(arch: int, dtype: torch.dtype, networks: Iterable[str] = NE
     """Distinct launches of shipped networks, by kernel and the first network and sizes that need it."""
     # The one place where the kernels know of networks: here only to ask which kernels those need.
     from pylumiere.backends.triton import record_network
-    from pylumiere.config import stage_preset
+    from pylumiere.networks.stunet.presets import stage_preset
 
     def named() -> Iterator[tuple[str, launching.Launch]]:
         for network in networks:

@@ -58,8 +58,8 @@ def pytest_terminal_summary(terminalreporter):
 def tiny_model(tmp_path_factory):
     """A model folder with weights in which nothing is zero, so that every layer counts."""
     from pylumiere.checkpoints.native import save_checkpoint
-    from pylumiere.config import model_preset
     from pylumiere.networks.stunet import STUNet
+    from pylumiere.networks.stunet.presets import model_preset
 
     def weights(network, seed):
         torch.manual_seed(seed)

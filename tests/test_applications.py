@@ -13,8 +13,8 @@ from pylumiere import Engine
 from pylumiere.backends.choice import choose
 from pylumiere.checkpoints.adapters import fingerprint, save_style
 from pylumiere.checkpoints.native import Checkpoint, load_checkpoint
-from pylumiere.config import model_preset
 from pylumiere.errors import Cancelled, InvalidRequest
+from pylumiere.networks.stunet.presets import model_preset
 
 CONFIG = model_preset("tiny")  # 8 frames of 32 x 32, a base of 16 x 16
 NETWORK = CONFIG.base.network

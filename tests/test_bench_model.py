@@ -15,8 +15,8 @@ from pylumiere.bench import against, networks, predict, rivals
 from pylumiere.bench.facts import source_hash
 from pylumiere.bench.plan import plan_clip, plan_network
 from pylumiere.checkpoints.native import load_checkpoint
-from pylumiere.config import stage_preset
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.stunet.presets import stage_preset
 
 COMMAND = Path(sys.executable).with_name("pylumiere")
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pylumiere.bench.plan import CHIPS, doubling, find_chips, plan_clip, plan_network, to_rows
-from pylumiere.config import stage_preset
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import stage_preset
 
 
 @pytest.mark.parametrize("stage", ["tiny-base", "demo-base", "tiny-ssr", "demo-ssr"])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pylumiere.config import LevelConfig, ModelConfig, STUNetConfig, model_preset, stage_preset
+from pylumiere.config import LevelConfig, ModelConfig, STUNetConfig
+from pylumiere.networks.stunet.presets import model_preset, stage_preset
 
 
 @pytest.mark.parametrize("name", ["demo", "stunet-b", "stunet-l", "tiny"])

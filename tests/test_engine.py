@@ -20,10 +20,10 @@ from support.testing import write_random_model
 
 import pylumiere
 from pylumiere.backends.choice import bf16_units, choose
-from pylumiere.config import model_preset
 from pylumiere.diffusion.windows import NonFiniteOutput
 from pylumiere.engine import Engine
 from pylumiere.errors import BudgetExceeded, BundleError, Cancelled, InvalidRequest, UnsupportedDevice
+from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.memory import LIBRARY_BYTES, resident_bytes
 

@@ -15,7 +15,7 @@ from train import STAGES
 
 from pylumiere.checkpoints.adapters import fingerprint, save_style
 from pylumiere.checkpoints.native import find_model, load_checkpoint, save_checkpoint
-from pylumiere.config import model_preset
+from pylumiere.networks.stunet.presets import model_preset
 
 
 def newest(network: str, folder: Path) -> dict[str, torch.Tensor]:

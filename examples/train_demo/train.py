@@ -31,9 +31,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pylumiere.checkpoints.native import find_model, load_checkpoint
-from pylumiere.config import stage_preset
 from pylumiere.diffusion.schedules import make_schedule
 from pylumiere.networks.stunet import STUNet, image_config
+from pylumiere.networks.stunet.presets import stage_preset
 from pylumiere.networks.text import load_text_encoder
 
 TEXT_TOKENS = 24

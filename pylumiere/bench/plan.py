@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pylumiere.config import STUNetConfig, model_preset
+from pylumiere.config import STUNetConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.kernels.cost import Cost
 from pylumiere.networks.ops import PlainOps
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.scheduling.memory import activation_bytes
 
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pylumiere.bench.plan import ClipPlan, NetworkPlan, plan_network
-from pylumiere.config import STUNetConfig, model_preset
+from pylumiere.config import STUNetConfig
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.stunet.presets import model_preset
 
 OTHER = "everything else"
 

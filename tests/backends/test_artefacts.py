@@ -17,8 +17,8 @@ from pylumiere.checkpoints.bundle import (
     TensorSpec,
     TextEncoder,
 )
-from pylumiere.config import model_preset
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
+from pylumiere.networks.stunet.presets import model_preset
 
 RTX, FULL = Library(name="tensorrt_rtx", version="1.7.1"), Library(name="tensorrt", version="10.9.0")
 SHAPES = {"base": (8, 16, 16, 7), "ssr": (4, 32, 32, 6)}

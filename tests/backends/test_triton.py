@@ -11,10 +11,11 @@ from pylumiere.backends import Choice
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.backends.triton import TritonBackend, TritonOps, record_network, set_backend
 from pylumiere.checkpoints.native import Checkpoint
-from pylumiere.config import LevelConfig, ModelConfig, StageConfig, STUNetConfig, stage_preset
+from pylumiere.config import LevelConfig, ModelConfig, StageConfig, STUNetConfig
 from pylumiere.errors import UnsupportedDevice
 from pylumiere.networks.ops import PlainOps
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import stage_preset
 
 DEVICE = "cpu" if launching.interpreted() else "cuda"
 

@@ -10,9 +10,9 @@ from support.testing import random_weights
 
 from pylumiere.checkpoints.adapters import find_style, fingerprint, read_style, save_style, style_names
 from pylumiere.checkpoints.native import find_model, load_checkpoint
-from pylumiere.config import model_preset
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import model_preset
 
 CONFIG = model_preset("tiny").base.network
 BASE = random_weights(CONFIG, 0)

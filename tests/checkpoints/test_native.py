@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import pylumiere
 from pylumiere.checkpoints.native import build_network, expected_shapes, find_model, load_checkpoint, save_checkpoint
-from pylumiere.config import ModelConfig, model_preset
+from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import model_preset
 
 CONFIG = model_preset("tiny")
 

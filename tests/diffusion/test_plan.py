@@ -14,9 +14,10 @@ from support.testing import rel_rms, write_random_model
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.checkpoints.native import build_network, load_checkpoint
-from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig, model_preset
+from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig
 from pylumiere.diffusion.plan import Pipeline, from_calmest, plan_request, plan_ssr
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.networks.text import HashEncoder
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.batching import Bucket

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from pylumiere.checkpoints.bundle import make_key_pair, open_bundle
 from pylumiere.checkpoints.native import build_network
-from pylumiere.config import model_preset
 from pylumiere.errors import BundleError, IntegrityError, InvalidRequest, UnsupportedDevice
+from pylumiere.networks.stunet.presets import model_preset
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 onnx = pytest.importorskip("onnx", reason="needs pip install 'pylumiere[export]'")

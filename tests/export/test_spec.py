@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from pylumiere.export.spec import NetworkSpec, network_specs
 
-from pylumiere.config import model_preset
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.stunet.presets import model_preset
 
 
 @pytest.mark.parametrize("model", ["demo", "tiny", "stunet-b", "stunet-l"])

@@ -10,9 +10,9 @@ import torch
 from pylumiere.export.spec import network_specs
 from pylumiere.export.to_onnx import ExportOps, compare
 
-from pylumiere.config import model_preset
 from pylumiere.errors import BundleError
 from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.stunet.presets import model_preset
 
 SPEC = network_specs(model_preset("tiny"))["ssr"]
 SIZES = {"B": 1, "T": 2, "H": 8, "W": 8}

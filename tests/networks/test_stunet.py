@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pylumiere.config import stage_preset
 from pylumiere.networks.ops import Norm, PlainOps, Shift, shift_frames
 from pylumiere.networks.stunet import STUNet, image_config, plan_blocks
 from pylumiere.networks.stunet.blocks import (
@@ -16,6 +15,7 @@ from pylumiere.networks.stunet.blocks import (
     depth_to_space,
     space_to_depth,
 )
+from pylumiere.networks.stunet.presets import stage_preset
 
 TINY = stage_preset("tiny-base").network
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from pylumiere.config import model_preset
+from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.scheduling.memory import MARGIN_BYTES, _LiveBytes, activation_bytes, peak_resident_bytes, resident_bytes
 
 NETWORK = model_preset("tiny").base.network

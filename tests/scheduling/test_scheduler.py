@@ -22,10 +22,10 @@ from support.testing import write_random_model
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.checkpoints.native import find_model, load_checkpoint
-from pylumiere.config import model_preset
 from pylumiere.diffusion.windows import NonFiniteOutput
 from pylumiere.engine import Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
+from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.memory import Budget, CallBytes, Need, parse_bytes
 

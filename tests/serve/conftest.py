@@ -25,8 +25,8 @@ from support.testing import random_weights, write_random_model  # noqa: E402
 
 from pylumiere.checkpoints.adapters import fingerprint, save_style  # noqa: E402
 from pylumiere.checkpoints.native import load_checkpoint  # noqa: E402
-from pylumiere.config import model_preset  # noqa: E402
 from pylumiere.engine import Engine  # noqa: E402
+from pylumiere.networks.stunet.presets import model_preset  # noqa: E402
 from pylumiere.serve.app import Limits, Service  # noqa: E402
 from pylumiere.serve.jobs import LocalWorker  # noqa: E402
 from pylumiere.serve.keys import KeyRing  # noqa: E402

@@ -34,7 +34,7 @@ from pylumiere.checkpoints.bundle import (
     make_key_pair,
     write_manifest,
 )
-from pylumiere.config import model_preset
+from pylumiere.networks.stunet.presets import model_preset
 
 MUTATIONS: dict[str, tuple[Callable, bool]] = {}
 _BAD_PATHS = (

@@ -113,7 +113,7 @@ def sound_file() -> bytes:
 def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
     """A model folder with random weights; of the preset "tiny" if no config is given."""
     from pylumiere.checkpoints.native import save_checkpoint
-    from pylumiere.config import model_preset
+    from pylumiere.networks.stunet.presets import model_preset
 
     config = model_preset("tiny") if config is None else config
     ssr = None if config.ssr is None else random_weights(config.ssr.network, seed + 1)

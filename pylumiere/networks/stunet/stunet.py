@@ -77,6 +77,14 @@ def plan_blocks(config: STUNetConfig) -> list[BlockSpec]:
     return plan
 
 
+def is_temporal(config: STUNetConfig, parameter: str) -> bool:
+    """Whether a parameter belongs to the layers that inflation adds."""
+    parts = parameter.split(".")
+    if parts[0] == "frame_embed":
+        return True
+    return parts[0] == "blocks" and any(s.name == parts[1] and s.kind in TEMPORAL_KINDS for s in plan_blocks(config))
+
+
 class STUNet(nn.Module):
     """Denoises a whole clip in one pass.
 
@@ -182,10 +190,7 @@ class STUNet(nn.Module):
 
     def is_temporal(self, parameter: str) -> bool:
         """Whether a parameter belongs to the layers that inflation adds."""
-        parts = parameter.split(".")
-        if parts[0] == "frame_embed":
-            return True
-        return parts[0] == "blocks" and any(s.name == parts[1] and s.kind in TEMPORAL_KINDS for s in self.plan)
+        return is_temporal(self.config, parameter)
 
     def _check(self, sample: Tensor, text: Tensor | None, noise_level: Tensor | None) -> None:
         config = self.config

@@ -24,7 +24,8 @@ from pylumiere.checkpoints.adapters import fingerprint, save_style
 from pylumiere.checkpoints.native import load_checkpoint
 from pylumiere.cli import main
 from pylumiere.config import model_preset
-from pylumiere.media.video import Video, read_image, read_video
+from pylumiere.media.inputs import read_image
+from pylumiere.media.video import Video, read_video
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pylumiere.errors import InvalidRequest, VideoError
-from pylumiere.media.video import PIPE, Limits, VideoReader
+from pylumiere.media.ffmpeg import PIPE
+from pylumiere.media.readers import LIMITS, Limits, VideoReader
 from pylumiere.request import EDGES, MIN_SIDE
 
 Source = str | os.PathLike | bytes
 Fit = Literal["crop", "pad", "stretch"]
-LIMITS = Limits()
 
 # What Pillow may parse. Formats that call other programs (EPS) or are only containers of others are missing.
 _PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "ICO", "DIB", "MPO", "QOI")

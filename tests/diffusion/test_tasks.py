@@ -9,8 +9,8 @@ import torch
 from pylumiere.diffusion.samplers import make_table
 from pylumiere.diffusion.schedules import make_schedule
 from pylumiere.diffusion.tasks import Frame, hold, make_task
-from pylumiere.diffusion.windows import to_uint8
 from pylumiere.errors import InvalidRequest
+from pylumiere.media.pixels import to_uint8
 from pylumiere.request import GenerationRequest
 
 FRAME = Frame(height=32, width=32, scale=2, num_frames=8)  # the base makes 16 x 16

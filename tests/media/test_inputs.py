@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.testing import sound_file
+from support.media import png_file, sound_file
 
 from pylumiere.errors import InvalidRequest, VideoError
 from pylumiere.media.inputs import (
@@ -23,7 +22,8 @@ from pylumiere.media.inputs import (
     read_mask,
     request_fields,
 )
-from pylumiere.media.video import Limits, read_video
+from pylumiere.media.readers import Limits
+from pylumiere.media.video import read_video
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -119,20 +119,12 @@ def test_odd_sizes_in_every_format(tmp_path, format):
         assert found.shape == (7, 5, 3) and np.abs(found.astype(int) - pixels).max() < 8
 
 
-def header_only(width, height):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("read", [read_image, read_mask])
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (header_only(20_000, 20_000), "more than 67108864 pixels"),
-        (header_only(9_000, 9_000), "9000 x 9000 has more than 67108864 pixels"),
+        (png_file(20_000, 20_000), "more than 67108864 pixels"),
+        (png_file(9_000, 9_000), "9000 x 9000 has more than 67108864 pixels"),
         (encoded(Image.new("RGB", (1, 1))), "is 1 x 1; at least 2 x 2"),
         (encoded(Image.fromarray(corners()))[:60], "damaged"),
         (b"", "damaged or no video"),

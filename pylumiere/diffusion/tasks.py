@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pylumiere.errors import InvalidRequest
-from pylumiere.media.inputs import Placement, place
+from pylumiere.media.placement import Placement, place
 from pylumiere.request import GenerationRequest
 
 

@@ -9,6 +9,16 @@ import zlib
 import av
 import numpy as np
 
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(width=40, height=24):
+    """Red above left, green above right, blue below left, white below right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2], pixels[: height // 2, width // 2 :] = RED, GREEN
+    pixels[height // 2 :, : width // 2], pixels[height // 2 :, width // 2 :] = BLUE, WHITE
+    return pixels
+
 
 def moving_square(num_frames=20, height=32, width=48):
     """A red square that moves over a plain ground: flat areas, so that lossy formats must come close."""

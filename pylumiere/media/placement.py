@@ -37,6 +37,25 @@ class Placement:
     inner: tuple[slice, slice]
     scaled: tuple[int, int]
 
+    @property
+    def shown(self) -> np.ndarray:
+        """[*frame, 1] bool: where the frame shows the picture."""
+        shown = np.zeros((*self.frame, 1), bool)
+        shown[self.inner] = True
+        return shown
+
+    @property
+    def margins(self) -> np.ndarray:
+        """[*frame, 1] bool: what is left free beside the box."""
+        margins = np.ones((*self.frame, 1), bool)
+        margins[self.box] = False
+        return margins
+
+    @property
+    def bars(self) -> np.ndarray:
+        """[*frame, 1] bool: what `pad` leaves of the box."""
+        return ~(self.shown | self.margins)
+
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """[H, W, C] uint8 or float in 0..1 as float32 [*frame, C]. Bars are 0; beside the box its edge goes on."""
         import torch

@@ -39,6 +39,13 @@ def test_expand_leaves_the_edges_free():
         place((8, 8), (16, 16), "crop", {"left": 16})
 
 
+def test_every_pixel_of_the_frame_is_of_the_picture_a_bar_or_a_margin():
+    placement = place((16, 32), (20, 20), "pad", {"left": 4, "top": 4})
+    parts = np.stack([placement.shown, placement.bars, placement.margins])
+    assert (parts.sum(0) == 1).all() and parts.sum((1, 2, 3)).tolist() == [8 * 16, 8 * 16, 20 * 20 - 16 * 16]
+    assert placement.shown[8:16, 4:].all() and placement.margins[:4].all() and placement.margins[:, :4].all()
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(2, 2), (3, 1000), (1000, 3), (17, 13), (128, 128)])
 def test_every_shape_fits_every_way(fit, size):

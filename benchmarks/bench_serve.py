@@ -25,7 +25,7 @@ import httpx
 import numpy as np
 from _record import append_row
 
-from pylumiere.media.video import VideoReader
+from pylumiere.media.readers import VideoReader
 from pylumiere.scheduling.memory import parse_bytes
 
 THINGS = ("a red circle moves right over grass", "a blue square falls", "a green star grows", "a yellow ring spins")

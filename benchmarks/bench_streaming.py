@@ -19,7 +19,8 @@ import numpy as np
 from _record import append_row
 
 from pylumiere import _runtime
-from pylumiere.diffusion.windows import WindowPlan, memory_bytes, sample_clip, to_uint8
+from pylumiere.diffusion.windows import WindowPlan, memory_bytes, sample_clip
+from pylumiere.media.pixels import to_uint8
 from pylumiere.scheduling.memory import peak_resident_bytes
 
 WINDOW, OVERLAP = 8, 2
@@ -252,7 +253,7 @@ def upscaled(num_frames: int, side: int, steps: int) -> dict:
     import tempfile
 
     from pylumiere.cli import main
-    from pylumiere.media.video import VideoWriter
+    from pylumiere.media.writers import VideoWriter
 
     with tempfile.TemporaryDirectory() as folder:
         source = str(Path(folder, "in.mp4"))

@@ -177,7 +177,8 @@ def upscale(
     as_json: Json = False,
 ) -> None:
     """Super-resolution alone, for clips of any length. Sound is dropped."""
-    from pylumiere.media.video import PIPE, VideoReader
+    from pylumiere.media.ffmpeg import PIPE
+    from pylumiere.media.readers import VideoReader
 
     begun = time.monotonic()
     _check_outputs(output, sheet)
@@ -476,7 +477,7 @@ def _load(model: str, backend: str, device: str, precision: str, key: str | None
 
 def _check_outputs(output: str, sheet: str | None) -> None:
     """Before anything is computed: can the results be written?"""
-    from pylumiere.media.video import check_sheet_path, output_format
+    from pylumiere.media.writers import check_sheet_path, output_format
 
     output_format(output)
     if sheet is not None:
@@ -496,8 +497,7 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
     """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
     import numpy as np
 
-    from pylumiere.diffusion.windows import BackgroundWriter
-    from pylumiere.media.video import VideoWriter, write_sheet
+    from pylumiere.media.writers import BackgroundWriter, VideoWriter, write_sheet
 
     kept: list[tuple[int, Any]] = []
     num_frames = 0

@@ -65,7 +65,7 @@ class GenerationRequest(BaseModel):
             below 1 adds noise to.
         mask: [H, W] or [T, H, W]; 1 (white) where the clip is to be made, 0 where `video` (or `image`) is kept.
         expand: edges ("left", "right", "top", "bottom") to pixels of the result that are made anew beside the picture.
-        fit: "crop", "pad" or "stretch": how pictures of another shape go into the frame; see `pylumiere.media.inputs`.
+        fit: "crop", "pad" or "stretch": where pictures of another shape lie; see `pylumiere.media.placement`.
         strength: with `video` and no mask, the share of the noise schedule to run, in 0..1 without 0.
         style: name of a style of the model, or a style's file; see `pylumiere.checkpoints.adapters`.
         style_strength: 0 is the model as it is, 1 is the style.

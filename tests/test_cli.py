@@ -23,7 +23,8 @@ from support.testing import random_weights, write_random_model
 from pylumiere.checkpoints.adapters import fingerprint, save_style
 from pylumiere.checkpoints.native import load_checkpoint
 from pylumiere.cli import main
-from pylumiere.media.video import Video, read_image, read_video
+from pylumiere.media.inputs import read_image
+from pylumiere.media.video import Video, read_video
 from pylumiere.networks.stunet.presets import model_preset
 
 

@@ -29,9 +29,10 @@ from pylumiere.checkpoints.adapters import StyleChoice
 from pylumiere.config import ModelConfig, StageConfig, STUNetConfig
 from pylumiere.diffusion.samplers import SamplerTable, make_table
 from pylumiere.diffusion.schedules import make_schedule
-from pylumiere.diffusion.tasks import Frame, Task, make_task
+from pylumiere.diffusion.tasks import Task, make_task
 from pylumiere.diffusion.windows import FrameBuffer, WindowPlan, frame_noise
 from pylumiere.errors import InvalidRequest
+from pylumiere.media.fitting import Frame, fit
 from pylumiere.networks.text import TextEncoder
 from pylumiere.request import GenerationRequest
 
@@ -137,7 +138,7 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
         )  # fmt: skip
     return Plan(
         request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, float(guidance),
-        base, ssr, make_task(request, Frame(height, width, scale, num_frames)),
+        base, ssr, make_task(request, fit(request, Frame(height, width, scale, num_frames))),
     )  # fmt: skip
 
 

@@ -29,9 +29,8 @@ from pylumiere import _runtime
 from pylumiere._runtime import FrameQueue, WindowPlan
 
 __all__ = [
-    "BackgroundWriter", "Batch", "BatchSampler", "ClipSampler", "FrameBuffer", "FrameQueue", "FrameSource",
-    "NonFiniteOutput", "StepInfo", "WindowPlan", "frame_noise", "in_background", "memory_bytes", "sample_clip",
-    "to_uint8", "to_yuv420p",
+    "Batch", "BatchSampler", "ClipSampler", "FrameBuffer", "FrameQueue", "FrameSource", "NonFiniteOutput", "StepInfo",
+    "WindowPlan", "frame_noise", "in_background", "memory_bytes", "sample_clip",
 ]  # fmt: skip
 
 
@@ -487,45 +486,11 @@ def frame_noise(
     key[:, 0] = np.uint64(seed).astype(np.int64)
     key[:, 1], key[:, 2], key[:, 3] = stage, step, indices
     out = np.empty((len(indices), math.prod(frame_shape)), np.float32)
-    _runtime.frame_noise(key, out, _pool(num_threads))
+    _runtime.frame_noise(key, out, _runtime.ThreadPool(num_threads or _runtime.default_num_threads()))
     return out.reshape(len(indices), *frame_shape)
 
 
-# ---- pixels --------------------------------------------------------------------------------------------------------
-
-
-def _pool(num_threads: int | None):
-    return _runtime.ThreadPool(num_threads or _runtime.default_num_threads())
-
-
-def to_uint8(frames: np.ndarray, num_threads: int | None = 1) -> np.ndarray:
-    """float32 in -1..1 to uint8, same shape: floor(x * 127.5 + 128), clamped; NaN becomes 0."""
-    frames = np.ascontiguousarray(frames, np.float32)
-    out = np.empty(frames.shape, np.uint8)
-    _runtime.to_uint8(frames, out, _pool(num_threads))
-    return out
-
-
-def to_yuv420p(frames: np.ndarray, matrix: str = "bt709", num_threads: int | None = 1) -> np.ndarray:
-    """float32 RGB [n, H, W, 3] in -1..1 to planar yuv420p, uint8 [n, H * 3 // 2, W], limited range.
-
-    Chroma is the mean of 2 x 2 pixels. `matrix` is "bt709" or "bt601".
-
-    Raises:
-        ValueError: an odd height or width, or another matrix.
-    """
-    if matrix not in ("bt601", "bt709"):
-        raise ValueError(f"matrix={matrix!r} is not one of 'bt601', 'bt709'")
-    frames = np.ascontiguousarray(frames, np.float32)
-    n, height, width, _ = frames.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"yuv420p needs even sizes, got height={height} width={width}")
-    out = np.empty((n, height * 3 // 2, width), np.uint8)
-    _runtime.to_yuv420p(frames, out, matrix == "bt709", _pool(num_threads))
-    return out
-
-
-# ---- producer and consumer in two threads --------------------------------------------------------------------------
+# ---- a producer in its own thread ------------------------------------------------------------------------------------
 
 
 class in_background:
@@ -586,54 +551,3 @@ def _produce(iterator: Iterator, queue: FrameQueue, state: dict[str, BaseExcepti
         state["error"] = error
     finally:
         queue.finish()
-
-
-class BackgroundWriter:
-    """Calls `write(item)` in a thread of its own, so that encoding overlaps with computing.
-
-    `put` waits while `capacity` items are pending. An exception of `write` is raised by the next `put` or by `close`;
-    nothing is written after it. As a context manager: `close` at the end of the block, `abort` if it raises.
-    """
-
-    def __init__(self, write: Callable[[Any], Any], capacity: int = 2):
-        self._queue = FrameQueue(capacity)
-        self._error: BaseException | None = None
-        self._write = write
-        self._thread = threading.Thread(target=self._run, name="pylumiere-writer", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while item := self._queue.get():
-                self._write(item[0])
-        except BaseException as error:
-            self._error = error
-            self._queue.cancel()
-
-    def put(self, item) -> None:
-        if not self._queue.put(item):
-            self._thread.join()
-            if self._error is not None:
-                raise self._error
-            raise RuntimeError("the writer is closed")
-
-    def close(self) -> None:
-        """Writes what is pending, ends the thread, and raises what `write` raised."""
-        self._queue.finish()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def abort(self) -> None:
-        """Drops what is pending and ends the thread after the item it is at."""
-        self._queue.cancel()
-        self._thread.join()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.close()
-        else:
-            self.abort()

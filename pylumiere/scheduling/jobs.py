@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pylumiere.diffusion.plan import Feed, Plan, StagePlan
-from pylumiere.diffusion.windows import to_uint8
 from pylumiere.errors import Cancelled, DeadlineExceeded
+from pylumiere.media.pixels import to_uint8
 from pylumiere.media.video import Video
 from pylumiere.request import GenerationRequest, Progress
 

@@ -31,7 +31,7 @@ from pylumiere.config import ModelConfig
 from pylumiere.diffusion.plan import MAX_ENLARGEMENT, plan_request, size_step
 from pylumiere.errors import BudgetExceeded, InvalidRequest
 from pylumiere.media.inputs import parse_keyframes
-from pylumiere.media.video import Limits as VideoLimits
+from pylumiere.media.readers import Limits as VideoLimits
 from pylumiere.request import GenerationRequest
 from pylumiere.serve import media, schema
 from pylumiere.serve.gate import ANYONE, Gate

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from pylumiere.diffusion.windows import NonFiniteOutput
 from pylumiere.engine import Chunk, Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
-from pylumiere.media.video import Limits, VideoWriter
+from pylumiere.media.readers import Limits
+from pylumiere.media.writers import VideoWriter
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import media, schema
 from pylumiere.serve.hub import Hub

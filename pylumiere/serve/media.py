@@ -16,7 +16,7 @@ import numpy as np
 
 from pylumiere.errors import VideoError
 from pylumiere.media.inputs import request_fields
-from pylumiere.media.video import Limits, VideoReader
+from pylumiere.media.readers import Limits, VideoReader
 from pylumiere.request import GenerationRequest
 from pylumiere.serve.schema import ApiError
 

@@ -20,7 +20,8 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pylumiere.errors import InvalidRequest
-from pylumiere.media.inputs import Fit, parse_expand
+from pylumiere.media.inputs import parse_expand
+from pylumiere.media.placement import Fit
 from pylumiere.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS
 
 VARIANTS = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from pylumiere.diffusion.samplers import make_table
 from pylumiere.diffusion.schedules import make_schedule
-from pylumiere.diffusion.tasks import Frame, hold, make_task
-from pylumiere.diffusion.windows import to_uint8
+from pylumiere.diffusion.tasks import hold, make_task
 from pylumiere.errors import InvalidRequest
+from pylumiere.media.fitting import Frame, fit
+from pylumiere.media.pixels import to_uint8
 from pylumiere.request import GenerationRequest
 
 FRAME = Frame(height=32, width=32, scale=2, num_frames=8)  # the base makes 16 x 16
@@ -21,7 +24,8 @@ REGION[8:24, 8:24] = True
 
 
 def task_of(frame=FRAME, **fields):
-    return make_task(GenerationRequest(prompt="x", **fields), frame)
+    request = GenerationRequest(prompt="x", **fields)
+    return make_task(request, fit(request, frame))
 
 
 def given(task, num_frames=8):
@@ -60,11 +64,6 @@ def test_keyframes_stand_where_they_were_put():
     assert mask.mean((1, 2)).tolist() == [1, 0, 0, 1, 0, 0, 0, 1] and task.name == "keyframes"
     for t in (0, 3, 7):
         np.testing.assert_allclose(pixels[t], small(CLIP[t]), atol=1e-5)
-    for wrong in ({8: CLIP[0]}, {-9: CLIP[0]}):
-        with pytest.raises(InvalidRequest, match="outside the clip, which has 8 frames"):
-            task_of(keyframes=wrong)
-    with pytest.raises(InvalidRequest, match="frame 7 is given twice"):
-        task_of(keyframes={7: CLIP[0], -1: CLIP[1]})
 
 
 def test_inpainting_gives_what_is_outside_the_mask():
@@ -135,17 +134,6 @@ def test_outside_the_mask_the_users_bytes_come_back(fields):
     assert np.array_equal(result[:, inner], to_uint8(made)[:, inner])
 
 
-def test_the_rim_lies_inside_the_mask_and_rises():
-    frame = Frame(32, 32, 4, 8)
-    made = task_of(frame, video=CLIP, mask=REGION).kept.made[0, ..., 0]
-    assert frame.rim == 2 and not made[~REGION].any()
-    np.testing.assert_allclose(made[16, 6:13], [0, 0, 1 / 3, 2 / 3, 1, 1, 1], atol=1e-6)
-    at_edge = np.zeros((32, 32), bool)
-    at_edge[:, 16:] = True  # no rim where the mask meets the frame's edge
-    made = task_of(frame, video=CLIP, mask=at_edge).kept.made[0, ..., 0]
-    assert (made[:, 18:] == 1).all() and (made[:, 16] < 0.5).all()
-
-
 def test_outpainting_keeps_the_picture_and_fades_from_its_edge():
     task = task_of(video=CLIP, expand={"left": 8})
     result = to_uint8(task.kept.compose(0, np.full((8, 32, 32, 3), -1, np.float32)))
@@ -188,30 +176,29 @@ def test_given_pixels_are_held_at_every_step(prediction):
         assert torch.equal(held[~mask], out[~mask])
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+def test_a_mask_that_leaves_no_whole_cell():
+    every_second = np.zeros((32, 32), bool)
+    every_second[:, ::2] = True
+    with pytest.raises(InvalidRequest, match="nothing of the video is left to keep in the network's small frames"):
+        task_of(video=CLIP, mask=every_second)
 
 
-def test_a_mask_that_the_fit_leaves_empty_or_full():
-    tall, mask = np.zeros((8, 64, 32, 3), np.uint8), np.zeros((64, 32), bool)
-    mask[:8] = True  # cropped away
-    with pytest.raises(InvalidRequest, match="nothing white is left of it"):
-        task_of(video=tall, mask=mask)
-    with pytest.raises(InvalidRequest, match="all that is left of it in the frame is white"):
-        task_of(video=tall, mask=~mask)
-    assert task_of(video=tall, mask=mask, fit="pad").name == "inpainting"
-
-
-def test_a_mask_of_another_length_than_the_clip():
-    with pytest.raises(InvalidRequest, match="mask has 6 frames and the clip 8"):
-        task_of(image=CLIP[0], mask=np.tile(REGION, (6, 1, 1)))
-
-
-def test_expand_that_leaves_nothing():
-    with pytest.raises(InvalidRequest, match="expand=left=16,right=16: the frame is 32 x 32"):
-        task_of(video=CLIP, expand={"left": 16, "right": 16})
-
-
-def test_floats_and_bytes_are_the_same_picture():
-    eight_bit = RNG.integers(0, 256, (40, 24, 3), np.uint8)
-    one, two = (given(task_of(image=image))[0] for image in (eight_bit, eight_bit / 255))
-    np.testing.assert_allclose(one, two, atol=1e-6)
+def test_channels_are_those_of_the_arrays():
+    """Latents in the place of pixels: nothing counts on three colours."""
+    latents = RNG.standard_normal((8, 16, 16, 4)).astype(np.float32)
+    region = ~REGION[::2, ::2]
+    requests = {
+        "inpainting": GenerationRequest(prompt="x", video=CLIP, mask=REGION, strength=0.5),
+        "video to video": GenerationRequest(prompt="x", video=CLIP, strength=0.5),
+    }
+    tasks = {name: make_task(r, replace(fit(r, FRAME), pixels=latents)) for name, r in requests.items()}
+    task = tasks["inpainting"]
+    given = task.given(np.arange(8))
+    assert given.shape == (8, 16, 16, 5) and task.holds and np.array_equal(task.initial, latents)
+    made = RNG.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    assert np.array_equal(task.settle(3, made), np.where(region[..., None], latents[3:5], made))
+    noisy, out = torch.randn(8, 16, 16, 4), torch.randn(8, 16, 16, 4)
+    held = 0.5 * noisy + 0.5 * hold(out, noisy, given, 0.5, 0.5)
+    torch.testing.assert_close(held[:, region], torch.from_numpy(latents)[:, region])
+    blank = tasks["video to video"]
+    assert blank.given(np.arange(8)).shape == (8, 16, 16, 5) and not blank.holds

@@ -1,45 +1,34 @@
-"""What users bring: pictures, clips and masks of every kind, bounded before decoding, and their place in the frame."""
+"""What users bring: pictures, clips and masks of every kind, bounded before decoding."""
 
 from __future__ import annotations
 
 import io
 import struct
-import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.testing import sound_file
+from support.media import BLUE, RED, WHITE, corners, png_file, sound_file
 
 from pylumiere.errors import InvalidRequest, VideoError
 from pylumiere.media.inputs import (
     parse_expand,
     parse_keyframes,
-    place,
     read_clip,
     read_image,
     read_mask,
     request_fields,
 )
-from pylumiere.media.video import Limits, read_video
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+from pylumiere.media.readers import Limits
+from pylumiere.media.video import read_video
 
 
 def encoded(image, format="PNG", **options):
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def corners(width=40, height=24):
-    """Red above left, green above right, blue below left, white below right."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[: height // 2, : width // 2], pixels[: height // 2, width // 2 :] = RED, GREEN
-    pixels[height // 2 :, : width // 2], pixels[height // 2 :, width // 2 :] = BLUE, WHITE
-    return pixels
 
 
 def clip_bytes(frames, *, rate=16, times=None, format="mp4", codec="libx264", pixels="yuv420p", planes=None, **context):
@@ -119,20 +108,12 @@ def test_odd_sizes_in_every_format(tmp_path, format):
         assert found.shape == (7, 5, 3) and np.abs(found.astype(int) - pixels).max() < 8
 
 
-def header_only(width, height):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("read", [read_image, read_mask])
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (header_only(20_000, 20_000), "more than 67108864 pixels"),
-        (header_only(9_000, 9_000), "9000 x 9000 has more than 67108864 pixels"),
+        (png_file(20_000, 20_000), "more than 67108864 pixels"),
+        (png_file(9_000, 9_000), "9000 x 9000 has more than 67108864 pixels"),
         (encoded(Image.new("RGB", (1, 1))), "is 1 x 1; at least 2 x 2"),
         (encoded(Image.fromarray(corners()))[:60], "damaged"),
         (b"", "damaged or no video"),
@@ -280,49 +261,3 @@ def test_keyframes_and_edges_from_text():
     for text in ("", "left", "left=-1", "middle=3", "left=1.5"):
         with pytest.raises(InvalidRequest, match="expand="):
             parse_expand(text)
-
-
-# ---- place in the frame ---------------------------------------------------------------------------------------------
-
-
-def test_crop_keeps_the_middle():
-    wide = np.zeros((16, 32, 3), np.uint8)
-    wide[:, 8:24] = 255
-    assert place((16, 32), (16, 16), "crop").apply(wide).min() == 1
-
-
-def test_pad_shows_all_of_it_between_black_bars():
-    placement = place((16, 32), (16, 16), "pad")
-    frame = placement.apply(np.full((16, 32, 3), 255, np.uint8))
-    assert placement.inner == (slice(4, 12), slice(0, 16))
-    assert frame[4:12].min() == 1 and frame[[0, 3, 12, 15]].max() == 0
-
-
-def test_stretch_uses_all_of_both():
-    frame = place((24, 40), (16, 16), "stretch").apply(corners())
-    assert np.allclose(frame[[1, 1, 14, 14], [1, 14, 1, 14]] * 255, [RED, GREEN, BLUE, WHITE], atol=1)
-
-
-def test_expand_leaves_the_edges_free():
-    placement = place((8, 8), (16, 16), "crop", {"left": 4, "bottom": 8})
-    assert placement.inner == placement.box == (slice(0, 8), slice(4, 16))
-    picture = np.zeros((8, 12, 3), np.uint8)
-    picture[:, :1] = RED
-    frame = place((8, 12), (16, 16), "crop", {"left": 4, "bottom": 8}).apply(picture)
-    assert (frame[:8, :5] * 255 == RED).all() and frame[:8, 5:].max() == 0  # beside the box its edge goes on
-    with pytest.raises(InvalidRequest, match="left=16: the frame is 16 x 16"):
-        place((8, 8), (16, 16), "crop", {"left": 16})
-
-
-@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-@pytest.mark.parametrize("size", [(2, 2), (3, 1000), (1000, 3), (17, 13), (128, 128)])
-def test_every_shape_fits_every_way(fit, size):
-    frame = place(size, (32, 48), fit).apply(np.full((*size, 3), 200, np.uint8))
-    assert frame.shape == (32, 48, 3) and frame.dtype == np.float32
-    assert frame.max() == pytest.approx(200 / 255, abs=1e-5)
-
-
-def test_a_picture_of_the_frames_size_is_unchanged():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    for fit in ("crop", "pad", "stretch"):
-        assert np.array_equal(np.round(place((32, 48), (32, 48), fit).apply(pixels) * 255), pixels)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from support.testing import no_new_threads
 
 from pylumiere import _runtime
 from pylumiere.cli import main
 from pylumiere.diffusion.windows import (
-    BackgroundWriter,
     BatchSampler,
     FrameBuffer,
     NonFiniteOutput,
@@ -23,11 +23,9 @@ from pylumiere.diffusion.windows import (
     frame_noise,
     in_background,
     sample_clip,
-    to_uint8,
-    to_yuv420p,
 )
 from pylumiere.errors import Cancelled
-from pylumiere.media.video import VideoWriter
+from pylumiere.media.writers import VideoWriter
 
 SHAPE = (2, 2, 3)
 
@@ -56,13 +54,6 @@ def chunks(denoise=half, num_frames=80, plan=None, steps=4, **kw):
     return sample_clip(
         denoise, num_frames=num_frames, frame_shape=SHAPE, table=table(steps), plan=plan, seed=3, stage=1, **kw
     )
-
-
-def no_new_threads(before):
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return threading.active_count() <= before
 
 
 def test_work_happens_only_when_the_consumer_asks():
@@ -135,55 +126,6 @@ def test_an_exception_of_the_denoiser_reaches_the_caller_with_its_cause():
             got.append(chunk)
     assert got and got[0][0] == 0
     assert no_new_threads(before)
-
-
-def test_an_exception_of_the_writer_reaches_the_caller_and_nothing_is_written_after_it():
-    written = []
-
-    def write(item):
-        if item == 3:
-            raise ValueError("disk full")
-        written.append(item)
-
-    before = threading.active_count()
-    with pytest.raises(ValueError, match="disk full"), BackgroundWriter(write, capacity=1) as writer:
-        for i in range(100):
-            writer.put(i)
-    assert written == [0, 1, 2]
-    assert no_new_threads(before)
-
-
-def test_an_exception_of_the_last_write_is_raised_by_close():
-    writer = BackgroundWriter(lambda item: 1 / 0)
-    writer.put(1)
-    with pytest.raises(ZeroDivisionError):
-        writer.close()
-
-
-def test_an_exception_of_the_consumer_aborts_the_writer():
-    release = threading.Event()
-    written = []
-
-    def write(item):
-        release.wait(5)
-        written.append(item)
-
-    before = threading.active_count()
-    with pytest.raises(KeyError), BackgroundWriter(write, capacity=3) as writer:
-        for i in range(3):
-            writer.put(i)
-        release.set()
-        raise KeyError("consumer")
-    assert len(written) <= 3
-    assert no_new_threads(before)
-
-
-def test_writer_overlaps_and_keeps_order():
-    written = []
-    with BackgroundWriter(lambda item: (time.sleep(0.001), written.append(item)), capacity=2) as writer:
-        for i in range(50):
-            writer.put(i)
-    assert written == list(range(50))
 
 
 def test_cancel_within_one_call():
@@ -367,18 +309,6 @@ def test_step_and_noise_equal_the_torch_reference(instruction_set):
         frame_noise(2**64 - 5, 2, 4, [0, 9], (7, 11, 3)).reshape(2, -1),
         denoise_step.frame_noise(2**64 - 5, 2, 4, [0, 9], 231).numpy(),
     )
-
-
-def test_pixels():
-    ramp = (np.arange(256, dtype=np.float32) / 127.5 - 1).reshape(16, 16)
-    assert np.array_equal(to_uint8(ramp), np.arange(256, dtype=np.uint8).reshape(16, 16))
-    assert to_uint8(np.array([np.nan, -3, 3], np.float32)).tolist() == [0, 0, 255]
-    red = np.broadcast_to(np.array([1, -1, -1], np.float32), (2, 4, 6, 3))
-    planes = to_yuv420p(red, "bt601")
-    assert planes.shape == (2, 6, 6)
-    assert (planes[:, :4] == 81).all() and (planes[:, 4] == 90).all() and (planes[:, 5] == 240).all()
-    with pytest.raises(ValueError, match="height=3"):
-        to_yuv420p(np.zeros((1, 3, 4, 3), np.float32))
 
 
 def test_the_command_line_says_when_the_first_frames_came(tmp_path, capsys):

@@ -105,7 +105,7 @@ def run_chaos(server, *, kills: int, clients: int, seconds_between: float, field
 
 def _is_whole(data: bytes) -> bool:
     from pylumiere.errors import VideoError
-    from pylumiere.media.video import VideoReader
+    from pylumiere.media.readers import VideoReader
 
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         file.write(data)

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from support.testing import sound_file
+from support.media import sound_file
 
 from pylumiere.media.inputs import request_fields
 from pylumiere.media.video import read_video

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,24 +92,15 @@ def shapes(names: str, rows: Iterable[tuple]) -> list[Any]:
     return [pytest.param(row, id="-".join(f"{n}{v}" for n, v in zip(letters, row, strict=True))) for row in rows]
 
 
+def no_new_threads(before: int) -> bool:
+    """Whether no more threads than that are left, at the latest after 5 seconds."""
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threading.active_count() <= before
+
+
 # ---- models of a few thousand weights ------------------------------------------------------------------------------
-
-
-def sound_file() -> bytes:
-    """An mp4 that holds sound and no picture."""
-    import io
-
-    import av
-    import numpy as np
-
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48000)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48000
-        container.mux(stream.encode(frame) + stream.encode(None))
-    return file.getvalue()
 
 
 def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:

@@ -44,3 +44,8 @@ class VideoError(ValueError):
 
 
 USER_ERRORS = (InvalidRequest, BundleError, UnsupportedDevice, BudgetExceeded, VideoError)
+
+
+def one_line(error: object) -> str:
+    """The text of someone else's error in one line of at most 400 characters; its kind where it has no text."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

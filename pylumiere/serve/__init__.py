@@ -5,7 +5,12 @@
     jobs.py     takes jobs from the store, runs them on a worker, writes the results
     hub.py      progress and preview frames to whoever listens
     gate.py     before any route: keys, limits of bodies and rates, headers
-    app.py      the routes
+    service.py  what the routes do: requests become jobs, jobs become answers
+    incoming.py a request's key, fields and files
+    failures.py errors as answers
+    openapi.py  the document, where FastAPI does not see it
+    routes/     the routes, a file per resource
+    app.py      all of that as one ASGI application
     server.py   one process: options, engine, uvicorn
     ray_app.py  many processes: the same routes in front of engine replicas (extra `[ray]`)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic_core
@@ -155,6 +156,15 @@ class RemixVideo(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
+
+
+KEYFRAME = re.compile(r"keyframes\[(-?\w{1,20})\]")
+Files = Mapping[str, bytes]  # by the form's fields
+# The files that a form may bring, by request.
+FILES = {
+    CreateVideo: ("input_reference", "mask", "keyframes"), EditVideo: ("video", "mask"), ExtendVideo: ("video",),
+    RemixVideo: (),
+}  # fmt: skip
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from support.fuzzing import MUTATIONS, mutate, native_loaders_refused, write_sample
 
 import pylumiere
-from pylumiere.checkpoints import bundle as bundles
 from pylumiere.checkpoints.bundle import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
+    Bundle,
     describe_files,
     is_bundle,
     make_key_pair,
@@ -29,6 +29,7 @@ from pylumiere.checkpoints.bundle import (
     parse_manifest,
     write_manifest,
 )
+from pylumiere.checkpoints.bundle.manifest import _safe_path
 from pylumiere.errors import BundleError, IntegrityError
 from pylumiere.loading import load_model, make_backend
 
@@ -182,7 +183,7 @@ def test_a_name_twice_is_refused_wherever_it_stands(sample):
 
 def test_sizes_are_bounded_before_anything_is_hashed(sample, monkeypatch):
     path, _ = sample
-    monkeypatch.setattr(bundles.Bundle, "check_hashes", lambda self: pytest.fail("files were hashed"))
+    monkeypatch.setattr(Bundle, "check_hashes", lambda self: pytest.fail("files were hashed"))
     with pytest.raises(BundleError, match="at most 100 are allowed"):
         open_bundle(path, max_bytes=100)
     edit(path, lambda data: data["files"]["onnx/base.onnx"].update(size=2**49))
@@ -309,7 +310,7 @@ def test_no_random_manifest_is_taken(raw):
 @given(st.text(max_size=60) | st.from_regex(r"[a-z./\\]{1,30}\.onnx", fullmatch=True))
 def test_no_path_leads_out_of_the_folder(name):
     try:
-        bundles._safe_path(name)
+        _safe_path(name)
     except ValueError:
         return
     root = Path("/a/bundle")

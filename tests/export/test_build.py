@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from pylumiere.export import build, to_onnx
+from pylumiere.export import build, steps, to_onnx
 from pylumiere.export.build import ExportOptions, export_bundle
 from pylumiere.export.spec import network_specs
 from safetensors.torch import load_file, save_file
@@ -196,7 +196,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(
 def test_a_step_that_is_killed_says_what_may_help_and_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     start = subprocess.Popen
-    monkeypatch.setattr(build.subprocess, "Popen", lambda _, **options: start(command, **options))
+    monkeypatch.setattr(steps.subprocess, "Popen", lambda _, **options: start(command, **options))
     with pytest.raises(BundleError, match="killed, most likely for want of memory; try smaller --frames"):
         export_bundle(str(tiny_model), tmp_path / "a.plm", cache_folder=tmp_path / "cache")
     monkeypatch.undo()

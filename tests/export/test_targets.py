@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from pylumiere.export import build
-from pylumiere.export.build import ExportOptions, choose_targets
+from pylumiere.export import targets
+from pylumiere.export.targets import ExportOptions, choose_targets
 
 from pylumiere.errors import InvalidRequest, UnsupportedDevice
 
@@ -67,7 +67,7 @@ def test_this_needs_a_gpu():
 
 
 def test_this_gpu_gets_a_tensorrt_plan_where_the_library_is(monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: object())
     plans, found = _plans("this", gpu=("NVIDIA H100 80GB HBM3", 90))
     assert plans == [("tensorrt", "h100", "fp16")]
     assert found.plans[0].sku == "h100"
@@ -76,7 +76,7 @@ def test_this_gpu_gets_a_tensorrt_plan_where_the_library_is(monkeypatch):
 
 
 def test_this_gpu_without_the_library_is_said(monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     plans, found = _plans("this", gpu=("NVIDIA H100 80GB HBM3", 90))
     assert not plans
     assert any("pylumiere[tensorrt]" in note for note in found.notes)

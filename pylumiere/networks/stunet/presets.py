@@ -13,6 +13,9 @@ from pylumiere.config import (
 )
 from pylumiere.config.fields import check
 
+LARGE = ScheduleConfig("cosine", "v_prediction")  # of the larger networks
+SHORT = WindowConfig(8, 2)
+
 
 def _levels(
     widths: tuple[int, ...],
@@ -104,7 +107,7 @@ def _base(widths: tuple[int, ...], num_layers: int, attention_depth: int, text_d
     return StageConfig(
         "base",
         STUNetConfig(_levels(widths, num_layers, attention_depth=attention_depth), text_dim=text_dim),
-        ScheduleConfig("cosine", "v_prediction"),
+        LARGE,
         SamplerConfig("dpmpp_2m", 50, 7.0),
     )
 
@@ -112,9 +115,9 @@ def _base(widths: tuple[int, ...], num_layers: int, attention_depth: int, text_d
 def _ssr(
     levels: tuple[LevelConfig, ...],
     side: int,
-    schedule: ScheduleConfig = ScheduleConfig("cosine", "v_prediction"),
+    schedule: ScheduleConfig = LARGE,
     steps: int = 30,
-    windows: WindowConfig = WindowConfig(8, 2),
+    windows: WindowConfig = SHORT,
     augmentation: float = 0.0,
     **network,
 ) -> StageConfig:

@@ -25,7 +25,8 @@ so it differs from ddim in its levels alone: with linspace spacing timesteps are
 between those of two training timesteps. Where a is 0 (zero terminal SNR), Euler and DPM-Solver++ take 2^-12 for it, as
 in diffusers: z and log(a / s) stay finite.
 
-The last step's a', s' are 1, 0, and its row gives x' = x0, but for DDIM on a schedule that ends at timestep 0.
+The last step's a', s' are 1, 0, and its row gives x' = x0. DDIM may be told otherwise, as public folders do: to go
+N // steps timesteps down, wherever the next step is, and to end at the level of timestep 0.
 
 Source: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Salimans and Ho 2022 (v), Lu et al. 2022 (DPM-Solver++),
 Lipman et al. 2022 (flow). Spacings: Lin et al. 2023, table 2.
@@ -53,7 +54,7 @@ from pylumiere.errors import InvalidRequest
 
 VARIANCES = ("fixed_small", "fixed_large")
 COLUMNS = ("u", "v", "p", "q", "r", "n")
-_SMALLEST_ALPHA = 2.0**-12
+_SMALLEST_ALPHA = 2.0**-12  # in place of 0, see above
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +199,7 @@ def make_table(
     coef = np.stack([u, v, p, q, r, n], axis=1)
     if sigmas_next[-1] == 0:
         coef[-1, 2:] = (0.0, 1.0, 0.0, 0.0)
-    from_noise = strength == 1
+    from_noise = strength == 1  # less of it starts from a clip
     return SamplerTable(
         timesteps=timesteps.astype(np.float32),
         coef=coef,

@@ -58,7 +58,7 @@ class GenerationRequest(BaseModel):
         num_inference_steps: of the base stage. The super-resolution stage takes its own number from the model.
         guidance_scale: 1 turns guidance off (one network call a step instead of two).
         seed: 0 .. 2**64-1; drawn at random and reported with the result if None.
-        sampler: "ddpm", "ddim", "dpmpp_2m" or "euler" (flow models).
+        sampler: "ddpm", "ddim", "dpmpp_2m" or "euler".
         image: [H, W, 3]; the clip's first frame.
         keyframes: frame number to [H, W, 3]; more given frames. Negative numbers count from the end: -1 is the last.
         video: [T, H, W, 3]; conditions every frame where `mask` is 0. Without a mask it is the start that `strength`

@@ -31,7 +31,7 @@ def generate(
     key: Key = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m, or euler for flow models.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m or euler.")] = None,
     seed: Seed = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,

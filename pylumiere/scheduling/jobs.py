@@ -1,7 +1,7 @@
 """A request on its way: progress, frames as they become final, cancelling, the result.
 
-A job belongs to a scheduler, whose lock guards everything here. The scheduler's thread fills it; any number of threads
-and asyncio tasks follow it.
+Whoever works on a job watches it (`Watcher`) and lends it the lock that guards everything here. One thread fills it;
+any number of threads and asyncio tasks follow it.
 
 A `callback_on_step_end` and an input that is read as it is needed run in the thread that follows the job, never in the
 scheduler's: a slow one, and a slow reader, slow only their own request.
@@ -16,18 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pylumiere.diffusion.plan import Feed, Plan, StagePlan
+from pylumiere.diffusion.plan import DecoderPlan, Plan, StagePlan
+from pylumiere.diffusion.stages import Feed
 from pylumiere.errors import Cancelled, DeadlineExceeded
 from pylumiere.media.pixels import to_uint8
 from pylumiere.media.video import Video
 from pylumiere.request import GenerationRequest, Progress
-
-if TYPE_CHECKING:
-    from pylumiere.scheduling.scheduler import Scheduler
 
 Status = Literal["queued", "running", "completed", "failed", "cancelled"]
 
@@ -46,25 +44,50 @@ class Order:
 
     Attributes:
         plan: of a generated clip; None for a video that is only upscaled.
-        last: the stage whose frames are delivered.
+        stages: in the order in which they run.
         seed: of the clip.
         crop: height and width of the delivered frames.
         feed: frames of a video that is upscaled.
     """
 
     plan: Plan | None
-    last: StagePlan
+    stages: tuple[StagePlan | DecoderPlan, ...]
     seed: int
     crop: tuple[int, int]
     feed: Feed | None = None
 
     @property
-    def is_chained(self) -> bool:
-        """Whether the last stage begins before the base has ended. A loop's base has no final frame before its end."""
-        if self.plan is None or self.plan.ssr is None:
-            return False
-        windows = self.plan.base.windows
-        return windows.num_windows > 1 and not windows.loop
+    def last(self) -> StagePlan | DecoderPlan:
+        """The stage whose frames are delivered."""
+        return self.stages[-1]
+
+    def after(self, stage: StagePlan | DecoderPlan) -> StagePlan | DecoderPlan:
+        """The stage that follows."""
+        return self.stages[self.stages.index(stage) + 1]
+
+    def is_streamed(self, stage: StagePlan | DecoderPlan) -> bool:
+        """Whether a stage's frames go to the next one before it has ended. Those of a single window, and of a loop, are
+        final together."""
+        return stage is not self.last and stage.windows.num_windows != 1 and not stage.windows.loop
+
+    def is_fed(self, stage: StagePlan | DecoderPlan) -> bool:
+        """Whether a stage begins before all of its input is there."""
+        index = self.stages.index(stage)
+        return self.feed is not None if index == 0 else self.is_streamed(self.stages[index - 1])
+
+
+class Watcher(Protocol):
+    """What a job tells of itself, with `lock` held."""
+
+    lock: threading.RLock
+
+    def notify(self) -> None:
+        """Something changed: there is room again, a callback has returned, input has arrived."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """It has a result or an error."""
+        ...
 
 
 class Job:
@@ -76,13 +99,13 @@ class Job:
         metadata: JSON values about the clip; `seconds` and `first_frame_seconds` fill up as it runs.
     """
 
-    def __init__(self, scheduler: Scheduler, request: GenerationRequest, order: Order, metadata: dict[str, Any],
+    def __init__(self, watcher: Watcher, request: GenerationRequest, order: Order, metadata: dict[str, Any],
                  *, buffer_frames: int | None, timeout: float | None, keep_alive: Any = None):  # fmt: skip
         self.request, self.metadata = request, metadata
         self.progress: Progress | None = None
-        self._scheduler, self._order = scheduler, order
+        self._watcher, self._order = watcher, order
         self._keep_alive = keep_alive  # the engine; let go of at the end
-        self._changed = threading.Condition(scheduler.lock)
+        self._changed = threading.Condition(watcher.lock)
         self._future: concurrent.futures.Future[Video] = concurrent.futures.Future()
         self._status: Status = "queued"
         self._error: BaseException | None = None
@@ -197,7 +220,7 @@ class Job:
     def _next_chunk(self, until: float | None, timeout: float | None, read) -> Chunk | None:
         while True:
             with self._changed:
-                self._scheduler.notify()  # there is room again
+                self._watcher.notify()  # there is room again
                 while not (self._chunks or self._steps_ended or self._is_done or (read and self._frames_wanted)):
                     left = None if until is None else until - time.monotonic()
                     if left is not None and left <= 0:
@@ -237,7 +260,7 @@ class Job:
             with self._changed:
                 if self._steps_ended:  # an end of the job has cleared it
                     self._steps_ended.popleft()
-                self._scheduler.notify()
+                self._watcher.notify()
 
     def _feed(self, read: Callable[[], np.ndarray | None]) -> None:
         """One more frame of the input, outside the lock: it may take its time."""
@@ -254,7 +277,7 @@ class Job:
                 feed.put(frame)
             if feed.has(self._frames_wanted):
                 self._frames_wanted = 0
-                self._scheduler.notify()
+                self._watcher.notify()
 
     # ---- for the scheduler; with its lock held -----------------------------------------------------------------------
 
@@ -310,7 +333,7 @@ class Job:
             elif self._limit is None:
                 self._future.set_result(Video(self._pixels, self.metadata["fps"], self.metadata))
             self._changed.notify_all()
-            self._scheduler.ended(self)
+            self._watcher.ended(self)
             return True
 
 

@@ -119,7 +119,8 @@ class Bucket:
         stage = run.stage
         handle = self.sampler.add_clip(
             stage.windows, stage.table, seed=run.seed, stage=stage.number, guidance_scale=stage.guidance_scale,
-            clip=stage.clip, threshold=stage.threshold or None, guidance_rescale=stage.guidance_rescale, initial=run.initial,
+            clip=stage.clip, threshold=stage.threshold or None, guidance_rescale=stage.guidance_rescale,
+            initial=run.initial,
         )  # fmt: skip
         self.runs[handle] = run
         return handle

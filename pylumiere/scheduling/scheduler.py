@@ -23,7 +23,7 @@ from pylumiere.config import DecodingConfig
 from pylumiere.diffusion.stages import Feed, Pipeline, StageRun
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.request import Progress
-from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes
+from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes, call_shape
 from pylumiere.scheduling.decoding import DecodeBucket
 from pylumiere.scheduling.jobs import Job
 from pylumiere.scheduling.memory import Budget, CallBytes, Need, resident_bytes

@@ -28,6 +28,7 @@ from pylumiere.backends.choice import (
 )
 from pylumiere.checkpoints.bundle import Artefact, Manifest, ShapeRange
 from pylumiere.checkpoints.skus import Sku, find_sku, has_bf16, match_device
+from pylumiere.config import DECODER, ModelConfig
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
 
 ORDER = ("tensorrt", "tensorrt_rtx", "triton", "onnxruntime", "torch")

@@ -20,17 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylumiere.backends.artefacts import (
-    DTYPES,
-    Machine,
-    Piece,
-    check_sizes,
-    cut,
-    operands_of,
-    refusal,
-    rows_of,
-    this_machine,
-)
+from pylumiere.backends.artefacts import DTYPES, ArtefactBackend, Machine, Piece, refusal, this_machine
 from pylumiere.backends.choice import Choice
 from pylumiere.checkpoints.bundle import Artefact, Bundle
 from pylumiere.errors import BundleError, UnsupportedDevice

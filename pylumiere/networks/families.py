@@ -109,12 +109,12 @@ def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in build_network(config).state_dict().items()}
 
 
-def denoiser_ports(config: NetworkConfig, text_tokens: int, *, masks_text: bool = True) -> Ports:
+def denoiser_ports(config: NetworkConfig, text_tokens: int) -> Ports:
     """What every denoising network takes, as far as its configuration asks for it."""
     inputs = [Port("sample", "fp32", ("B", "T", "H", "W", config.in_channels)), Port("timesteps", "fp32", ("B",))]
     if config.text_dim:
         inputs.append(Port("text", "fp32", ("B", text_tokens, config.text_dim)))
-        if masks_text:
+        if config.masks_text:
             inputs.append(Port("text_mask", "bool", ("B", text_tokens)))
     if config.noise_level:
         inputs.append(Port("noise_level", "fp32", ("B",)))

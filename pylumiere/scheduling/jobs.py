@@ -70,6 +70,15 @@ class Order:
         final together."""
         return stage is not self.last and stage.windows.num_windows != 1 and not stage.windows.loop
 
+    def together(self) -> Iterator[list[StagePlan | DecoderPlan]]:
+        """The stages that run at the same time."""
+        group = []
+        for stage in self.stages:
+            group.append(stage)
+            if not self.is_streamed(stage):
+                yield group
+                group = []
+
     def is_fed(self, stage: StagePlan | DecoderPlan) -> bool:
         """Whether a stage begins before all of its input is there."""
         index = self.stages.index(stage)

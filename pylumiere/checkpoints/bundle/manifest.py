@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError, one_line
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDER_VERSIONS = (1,)  # read too: there the model was a base and a super-resolution network
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 # Limits on what an untrusted bundle may make us do before its hashes are known to be right.
@@ -244,7 +245,7 @@ class Manifest(_Strict):
         files: every file of the bundle but the manifest and its signature, by relative path.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     name: Name
     created_by: Annotated[str, Field(max_length=120)]
     model: dict[str, Any]
@@ -328,7 +329,7 @@ def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
     version = data.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int):
         raise BundleError(f"{where}: {MANIFEST} has no schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in (*OLDER_VERSIONS, SCHEMA_VERSION):
         remedy = "update pylumiere" if version > SCHEMA_VERSION else "export the bundle again"
         raise BundleError(
             f"{where}: {MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "

@@ -54,7 +54,6 @@ class Bars:
         if bars is None:
             return
         if progress.stage not in self._tasks:
-            name = {"base": "base", "ssr": "super-resolution"}.get(progress.stage, progress.stage)
-            self._tasks[progress.stage] = bars.add_task(name, total=progress.steps, left="")
+            self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.steps, left="")
         left = "" if progress.seconds_left is None else f"{progress.seconds_left:.0f} s left"
         bars.update(self._tasks[progress.stage], completed=progress.step, total=progress.steps, left=left)

@@ -109,6 +109,7 @@ class UNet2DConfig(NetworkConfig):
     """
 
     family: ClassVar[str] = "unet2d"
+    masks_text: ClassVar[bool] = False  # trained to attend to the padding, too
 
     in_channels: int = 4
     out_channels: int = 4
@@ -173,6 +174,11 @@ class UNet2DConfig(NetworkConfig):
     def text_dim(self) -> int:
         """Width of the text embeddings: the middle always attends to them."""
         return self.cross_attention_dim
+
+    @property
+    def min_frames(self) -> int:
+        """One frame, which has no neighbours to shift from, is a network of its own, and is not counted."""
+        return 1 if self.temporal_shift is None else 2
 
     @property
     def spatial_factor(self) -> int:

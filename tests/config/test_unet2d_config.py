@@ -50,7 +50,7 @@ def test_a_public_file_becomes_a_configuration():
     assert config.text_dim == 1024 and config.use_linear_projection and config.upcast_attention
     assert (config.num_frames, config.height, config.width) == (16, 96, 64)
     assert (config.spatial_factor, config.temporal_factor, config.given_channels) == (8, 1, 0)
-    assert config.temporal_shift is None
+    assert config.temporal_shift is None and config.min_frames == 1 and not config.masks_text
     assert read({**SD_2_1, "in_channels": 9}).takes_given
 
 
@@ -76,6 +76,7 @@ def test_the_shift_may_stand_in_the_file():
     assert read(data).temporal_shift == TemporalShiftConfig(4, "both", "circular")
     assert read({**data, "temporal_shift": None}).temporal_shift is None
     assert read(data, temporal_shift=TemporalShiftConfig()).temporal_shift == TemporalShiftConfig()
+    assert read(data).min_frames == 2
 
 
 @pytest.mark.parametrize(

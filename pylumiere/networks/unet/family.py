@@ -16,8 +16,7 @@ class UNet2DFamily:
         return UNet2D(config)
 
     def ports(self, config: UNet2DConfig, text_tokens: int) -> Ports:
-        """Without a mask of the text: these networks were trained to attend to its padding, too."""
-        return denoiser_ports(config, text_tokens, masks_text=False)
+        return denoiser_ports(config, text_tokens)
 
     def is_temporal(self, config: UNet2DConfig, parameter: str) -> bool:
         """Never: the temporal shift has no parameters."""

@@ -16,6 +16,7 @@ from pylumiere.config.model import (
 from pylumiere.config.networks import COLOURS, DecodingConfig, NetworkConfig, register_config
 from pylumiere.config.sampling import PREDICTION_TYPES, SAMPLERS, SCHEDULES, SamplerConfig, ScheduleConfig
 from pylumiere.config.stunet import LevelConfig, STUNetConfig
+from pylumiere.config.unet2d import TemporalShiftConfig, UNet2DConfig
 
 __all__ = [
     "COLOURS",
@@ -35,6 +36,8 @@ __all__ = [
     "SamplerConfig",
     "ScheduleConfig",
     "StageConfig",
+    "TemporalShiftConfig",
+    "UNet2DConfig",
     "WindowConfig",
     "register_config",
 ]

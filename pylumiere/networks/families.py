@@ -74,7 +74,10 @@ class Family(Protocol):
         ...
 
 
-_HOMES = {"stunet": "pylumiere.networks.stunet.family:STUNetFamily"}
+_HOMES = {
+    "stunet": "pylumiere.networks.stunet.family:STUNetFamily",
+    "unet2d": "pylumiere.networks.unet.family:UNet2DFamily",
+}
 _families: dict[str, Family] = {}
 
 

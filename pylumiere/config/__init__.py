@@ -3,6 +3,7 @@
 Data alone: nothing here imports torch, and no other room of the package is needed.
 """
 
+from pylumiere.config.autoencoder import AutoencoderKLConfig, AutoencoderTinyConfig
 from pylumiere.config.model import (
     DECODER,
     MAX_STAGES,
@@ -27,6 +28,8 @@ __all__ = [
     "SCHEDULES",
     "SCHEMA_VERSION",
     "WINDOW_WEIGHTS",
+    "AutoencoderKLConfig",
+    "AutoencoderTinyConfig",
     "DecoderConfig",
     "DecodingConfig",
     "LevelConfig",

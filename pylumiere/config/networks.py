@@ -58,6 +58,7 @@ class DecodingConfig(Config):
         out_channels: of what it gives.
         scale: height and width of a frame over those of its latent.
         temporal_factor, spatial_factor, min_frames: as a NetworkConfig's, of latents.
+        force_upcast: to be computed in float32, whatever the precision of the other networks.
     """
 
     family: ClassVar[str]
@@ -67,6 +68,7 @@ class DecodingConfig(Config):
     temporal_factor: int = 1
     spatial_factor: int = 1
     min_frames: int = 1
+    force_upcast: bool = False
 
 
 _FAMILIES: dict[str, type[NetworkConfig] | type[DecodingConfig]] = {}

@@ -420,6 +420,12 @@ class ArtefactBackend:
         shape = (*latents.shape[:2], height, width, network.out_channels)
         return self._call(DECODER, {"latents": latents}, shape, num_threads)
 
+    def encode(self, frames: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Raises InvalidRequest: graphs are built of decoders alone."""
+        raise InvalidRequest(
+            "this backend has no encoder for pictures and clips, only the decoder; load the model with backend='torch'"
+        )
+
     def check(self, stage: str, shape: tuple[int, ...]) -> None:
         """Raises InvalidRequest where an input of this shape [B, T, H, W, C] does not fit the stage's artefact."""
         artefact = self.artefact(stage)

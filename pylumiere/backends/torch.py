@@ -58,7 +58,8 @@ class TorchBackend:
         return CpuOps() if self.device.type == "cpu" else PlainOps()
 
     def _prepare(self, config: AnyConfig, weights: Mapping[str, Tensor]) -> nn.Module:
-        prepared = {name: channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
+        dtype = torch.float32 if getattr(config, "force_upcast", False) else self.dtype
+        prepared = {name: channels_last(tensor.to(self.device, dtype)) for name, tensor in weights.items()}
         network = build_network(config, prepared)
         network.ops = self._ops()
         return network
@@ -115,6 +116,13 @@ class TorchBackend:
         """Pixels of latents [B, T, h, w, C] float32, on the device: [B, T, H, W, 3] float32 in about -1..1."""
         self._use_threads(num_threads)
         return self._networks[DECODER](latents).contiguous()
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Latents of pixels [B, T, H, W, 3] float32 in -1..1, on the host: the means of what the encoder gives, as the
+        first stage holds them, [B, T, h, w, C] float32, on the host."""
+        self._use_threads(num_threads)
+        return self._networks[DECODER].encode(frames.to(self.device)).cpu().contiguous()
 
     def _use_threads(self, num_threads: int | None) -> None:
         num_threads = num_threads or self.num_threads

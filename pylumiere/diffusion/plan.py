@@ -156,7 +156,9 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
     Raises:
         InvalidRequest: a value that this model does not take; the value and what is allowed are named.
     """
-    first = config.first
+    first, as_latents = config.first, request.output_type == "latent"
+    if as_latents and config.decoder is None:
+        raise InvalidRequest(f"output_type='latent': model {config.name!r} has no decoder, its stages make pixels")
     num_frames = _num_frames(request, first.network.num_frames)
     height = _side("height", request.height, config.size[0], size_step(config))
     width = _side("width", request.width, config.size[1], size_step(config))
@@ -169,17 +171,20 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
     own = (request.window_frames, request.window_overlap) if len(config.stages) == 1 else (None, None)
     task = make_task(request, fit(request, Frame(height, width, scale // config.decoder_scale, num_frames)))
     _check_task(task, config)
-    start = _stage(
-        first, 0, height // scale, width // scale, _windows(first, num_frames, request.loop, *own),
-        table_for(first.schedule, sampler, steps, strength=request.strength), guidance,
-    )  # fmt: skip
+    windows = _windows(first, num_frames, request.loop, *own)
+    table = table_for(first.schedule, sampler, steps, strength=request.strength)
+    if request.latents is not None:
+        # The starting noise itself, and no other: it stands where a clip to start from would.
+        table = replace(table, init_alpha=table.init_sigma, init_sigma=0.0)
+    start = _stage(first, 0, height // scale, width // scale, windows, table, guidance)
+    _check_latents(request, start, num_frames)
     later = plan_upscaling(
         config, height, width, num_frames=num_frames, window=request.window_frames, overlap=request.window_overlap,
         loop=request.loop,
     )  # fmt: skip
     return Plan(
         request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, guidance,
-        (start, *later, *_decoder(config, num_frames, height, width)),
+        (start, *later, *(() if as_latents else _decoder(config, num_frames, height, width))),
         task,
     )  # fmt: skip
 
@@ -229,6 +234,14 @@ def _check_task(task: Task, config: ModelConfig) -> None:
         )
 
 
+def _check_latents(request: GenerationRequest, stage: StagePlan, num_frames: int) -> None:
+    expected = (num_frames, *stage.frame_shape)
+    if request.latents is not None and request.latents.shape != expected:
+        raise InvalidRequest(
+            f"latents have shape {list(request.latents.shape)}; stage {stage.name} of this model makes {list(expected)}"
+        )
+
+
 def _decoder(config: ModelConfig, num_frames: int, height: int, width: int) -> tuple[DecoderPlan, ...]:
     if config.decoder is None:
         return ()
@@ -270,8 +283,8 @@ def _windows(
 
 
 def _num_frames(request: GenerationRequest, most: int) -> int:
-    """The request's, or the clip's own, or the network's."""
-    default = most if request.video is None else len(request.video)
+    """The request's, or those of the clip or the latents, or the network's."""
+    default = next((len(given) for given in (request.video, request.latents) if given is not None), most)
     num_frames = default if request.num_frames is None else request.num_frames
     for name in ("video", "mask"):
         given = getattr(request, name)

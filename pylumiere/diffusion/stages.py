@@ -104,11 +104,22 @@ class Pipeline:
             prompts.append(plan.request.negative_prompt)
         return self.encoder.encode(prompts)
 
-    def start(self, plan: Plan, text: tuple[Tensor, Tensor]) -> StageRun:
-        """The first stage of a request."""
+    def encode(self, plan: Plan, num_threads: int | None = None) -> np.ndarray | None:
+        """What the first stage starts from beside its own noise, [T, h, w, C]: the request's latents, or the task's
+        clip, encoded where the stage makes latents."""
+        if plan.request.latents is not None:
+            return plan.request.latents
+        if plan.task.initial is None or self.config.decoder is None:
+            return plan.task.initial
+        # Frame by frame: a frame's latents do not depend on how long the clip is.
+        frames = (torch.from_numpy(frame)[None, None] for frame in plan.task.initial)
+        return np.concatenate([self.backend.encode(frame, num_threads=num_threads)[0].numpy() for frame in frames])
+
+    def start(self, plan: Plan, text: tuple[Tensor, Tensor], initial: np.ndarray | None) -> StageRun:
+        """The first stage of a request; `initial` comes from `encode`."""
         stage, task = plan.first, plan.task
         given = task.given if stage.network.takes_given else None
-        return StageRun(stage, plan.seed, text, given, task.initial, holds=task.holds)
+        return StageRun(stage, plan.seed, text, given, initial, holds=task.holds)
 
     def follow(
         self,

@@ -32,7 +32,8 @@ Status = Literal["queued", "running", "completed", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive final frames: uint8 (or float32 in 0..1) [n, H, W, 3]; the first is frame `start` of the clip."""
+    """Consecutive final frames: uint8 (or float32 in 0..1, or latents) [n, H, W, C]; the first is frame `start` of the
+    clip."""
 
     start: int
     frames: np.ndarray
@@ -166,7 +167,7 @@ class Job:
             chunks = [chunk.frames for chunk in self._follow(timeout)]
             if not chunks:
                 raise RuntimeError("the frames of this job have already been taken; submit it without buffer_frames")
-            return Video(np.concatenate(chunks), self.metadata["fps"], self.metadata)
+            return self._video(np.concatenate(chunks))
         try:
             return self._future.result(timeout)
         except concurrent.futures.TimeoutError:
@@ -294,11 +295,13 @@ class Job:
         return self._limit is None or self._num_waiting < self._limit
 
     def _deliver(self, frames: np.ndarray) -> None:
-        """Final frames, float32 in -1..1."""
+        """Final frames: pixels, float32 in -1..1, or latents."""
         height, width = self._order.crop
         frames = frames[:, :height, :width]
         if self.request.output_type == "uint8":
             pixels = to_uint8(frames)
+        elif self.request.output_type == "latent":
+            pixels = frames
         else:
             pixels = ((frames + np.float32(1)) * np.float32(0.5)).clip(0, 1)
         with self._changed:
@@ -315,6 +318,10 @@ class Job:
                 self._num_waiting += len(pixels)
             self._num_final += len(pixels)
             self._changed.notify_all()
+
+    def _video(self, frames: np.ndarray) -> Video:
+        is_latent = self.request.output_type == "latent"
+        return Video(frames, self.metadata["fps"], self.metadata, is_latent)
 
     def _lap(self, name: str) -> None:
         now = time.monotonic()
@@ -340,7 +347,7 @@ class Job:
             if error is not None:
                 self._future.set_exception(error)
             elif self._limit is None:
-                self._future.set_result(Video(self._pixels, self.metadata["fps"], self.metadata))
+                self._future.set_result(self._video(self._pixels))
             self._changed.notify_all()
             self._watcher.ended(self)
             return True
@@ -385,4 +392,4 @@ class Stream:
     def collect(self) -> Video:
         """The rest of the clip, which is all of it if nothing was taken before."""
         frames = np.concatenate([chunk.frames for chunk in self])
-        return Video(frames, self.fps, self.metadata)
+        return Video(frames, self.fps, self.metadata, self.metadata.get("output_type") == "latent")

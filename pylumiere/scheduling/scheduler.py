@@ -52,6 +52,7 @@ class _Work:
     bucket: Bucket | None = None
     handle: int = -1
     text: Any = None
+    initial: np.ndarray | None = None
     low: list[np.ndarray] = field(default_factory=list)
     feed: Feed | None = None
     follower: _Work | None = None
@@ -373,12 +374,13 @@ class Scheduler:
         self._lanes.run(functools.partial(self._embed, work))
 
     def _embed(self, work: _Work) -> None:
-        """Embeds a request's prompts, in a lane: it takes as long as a network call, and this thread has others to
-        serve."""
+        """Embeds a request's prompts and encodes its clip, in a lane: that takes as long as network calls, and this
+        thread has others to serve."""
         error = None
         try:
             if not work.job.done:
                 work.text = self.pipeline.embed(work.job._order.plan)
+                work.initial = self.pipeline.encode(work.job._order.plan, self._lanes.num_threads)
         except BaseException as failed:
             error = failed
         with self.lock:
@@ -393,7 +395,8 @@ class Scheduler:
             if error is not None:
                 raise error
             work.job._lap("text")
-            self._enter_stage(work, self.pipeline.start(work.job._order.plan, work.text))
+            initial, work.initial = work.initial, None
+            self._enter_stage(work, self.pipeline.start(work.job._order.plan, work.text, initial))
         except BaseException as failed:
             self._end(work, failed)
 

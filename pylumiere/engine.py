@@ -407,7 +407,8 @@ class Engine:
             "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
             "width": plan.width, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale, "application": plan.task.name, "style": plan.task.style and
-            plan.task.style[0], "loop": request.loop, "output_type": request.output_type, **self._choice_facts(), "seconds": {},
+            plan.task.style[0], "loop": request.loop, "output_type": request.output_type, **self._choice_facts(),
+            "seconds": {},
         }  # fmt: skip
         crop = plan.stages[-1].frame_shape[:2]
         return Order(plan, plan.stages, plan.seed, crop), metadata

@@ -33,7 +33,8 @@ _FRAME_NAME = re.compile(r"frame_\d{6}\.png")
 
 
 def output_format(path: str | os.PathLike) -> str:
-    """Which of mp4, webm, gif, picture (one PNG) and png (a folder) a path asks for; checks that it can be written, before any work.
+    """Which of mp4, webm, gif, picture (one PNG) and png (a folder) a path asks for; checks that it can be written,
+    before any work.
 
     Raises:
         VideoError: an unknown ending, a folder that does not exist or is not writable, a name that is taken by

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: the protocol and what chooses by name (`encoder.py`), and a file for each encoder.
+"""Prompts to embeddings: the protocol (`encoder.py`), a file for each encoder, and what chooses by name (`naming.py`).
 
 Nothing here knows networks that read the text, model folders, bundles or devices, and importing it loads no model.
 
@@ -6,8 +6,9 @@ Every encoder returns token embeddings of one fixed length, so that the networks
 shape whatever the prompt. Each prompt is encoded alone: its embedding does not depend on what it is batched with.
 """
 
-from pylumiere.networks.text.encoder import TextEncoder, encode_ids, load_text_encoder, load_tokenizer
+from pylumiere.networks.text.encoder import TextEncoder, encode_ids, load_tokenizer
 from pylumiere.networks.text.hashing import HashEncoder
 from pylumiere.networks.text.minilm import MiniLMEncoder
+from pylumiere.networks.text.naming import load_text_encoder
 
 __all__ = ["HashEncoder", "MiniLMEncoder", "TextEncoder", "encode_ids", "load_text_encoder", "load_tokenizer"]

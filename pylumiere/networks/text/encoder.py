@@ -1,11 +1,10 @@
-"""What a text encoder is, which one a model's configuration names, and tokenizers set to one fixed length."""
+"""What a text encoder is, and tokenizers set to one fixed length."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 logger = logging.getLogger("pylumiere")
-
-ENCODER_NAMES = ("minilm", "t5:FOLDER", "clip:FOLDER", "hash")
 
 
 @runtime_checkable
@@ -37,37 +34,6 @@ class TextEncoder(Protocol):
             networks were trained so (`clip.py`). Longer prompts are cut at L tokens.
         """
         ...
-
-
-def load_text_encoder(name: str, *, max_length: int, width: int | None = None) -> TextEncoder:
-    """Builds the encoder that a model's configuration names.
-
-    Args:
-        name: "minilm", "t5:FOLDER" or "clip:FOLDER" (a local transformers folder), or "hash" (tests).
-        max_length: tokens of the fixed length L.
-        width: expected D; None takes the encoder's own. The hash encoder has any width (64 if None).
-
-    Raises:
-        BundleError: unknown name, a folder that is no such model, or a width other than expected.
-        ImportError: the package that holds the encoder is not installed.
-    """
-    # Here, because they import this file.
-    from pylumiere.networks.text.hashing import HashEncoder
-    from pylumiere.networks.text.local import TransformersEncoder
-    from pylumiere.networks.text.minilm import MiniLMEncoder
-
-    kind, _, folder = name.partition(":")
-    if kind == "minilm" and not folder:
-        encoder: TextEncoder = MiniLMEncoder(max_length)
-    elif kind == "hash" and not folder:
-        encoder = HashEncoder(max_length, 64 if width is None else width)
-    elif kind in ("t5", "clip") and folder:
-        encoder = TransformersEncoder(kind, Path(folder), max_length)
-    else:
-        raise BundleError(f"text encoder {name!r} is unknown; allowed: {', '.join(ENCODER_NAMES)}")
-    if width is not None and encoder.width != width:
-        raise BundleError(f"text encoder {name!r} is {encoder.width} wide; the model expects {width}")
-    return encoder
 
 
 def load_tokenizer(data: bytes, max_length: int) -> Tokenizer:

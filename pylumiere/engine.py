@@ -25,7 +25,7 @@ import pylumiere
 from pylumiere.backends import Choice
 from pylumiere.checkpoints.adapters import Style, StyleChoice, find_style, read_style, style_names
 from pylumiere.config import ModelConfig
-from pylumiere.diffusion.plan import DecoderPlan, StagePlan, plan_request, plan_upscaling, size_step
+from pylumiere.diffusion.plan import DecoderPlan, Plan, StagePlan, plan_request, plan_upscaling, size_step
 from pylumiere.diffusion.stages import Feed, Pipeline
 from pylumiere.diffusion.windows import memory_bytes
 from pylumiere.errors import InvalidRequest
@@ -400,6 +400,8 @@ class Engine:
 
     def _ordered(self, request: GenerationRequest) -> tuple[Order, dict[str, Any]]:
         plan = plan_request(request, self.config)
+        if self._choice.device.type == "cpu":
+            plan = plan.grouped(self._lanes)  # a lane decodes one frame at a time; more would only leave later
         if plan.task.style is not None:
             plan = plan.styled(self._style(*plan.task.style))
         metadata = {
@@ -410,8 +412,17 @@ class Engine:
             plan.task.style[0], "loop": request.loop, "output_type": request.output_type, **self._choice_facts(),
             "seconds": {},
         }  # fmt: skip
-        crop = plan.stages[-1].frame_shape[:2]
-        return Order(plan, plan.stages, plan.seed, crop), metadata
+        return self._fitting(plan, request), metadata
+
+    def _fitting(self, plan: Plan, request: GenerationRequest) -> Order:
+        """The order of a plan; where it does not fit the budget, with fewer frames in a call of the decoder."""
+        while True:
+            order = Order(plan, plan.stages, plan.seed, plan.stages[-1].frame_shape[:2])
+            group = plan.stages[-1].windows.window
+            smaller = plan.grouped(max(1, group // 2))
+            if smaller is plan or self._scheduler.budget.fits([], self._need(order, request, None)):
+                return order
+            plan = smaller
 
     def styles(self) -> list[str]:
         """Names of the styles that the model brings; none where the backend cannot change weights."""
@@ -504,7 +515,7 @@ class Engine:
         return CallBytes(buffers, min(self._lanes, rows) * activations)
 
     def _decoder_bytes(self, stage: DecoderPlan, on_cpu: bool) -> CallBytes:
-        group, (height, width, _) = stage.windows.window, stage.input_shape
+        group, (height, width) = stage.windows.window, stage.tile_shape
         rows = 1 if on_cpu and self.reproducible else group
         parts = min(self._lanes, -(-group // rows)) if on_cpu else 1
         activations = activation_bytes(stage.network, 1, rows, height, width, self._backend.dtype)

@@ -87,14 +87,19 @@ class DecoderConfig(Config):
     """What turns the last stage's latents into pixels: a stage without steps.
 
     Attributes:
-        group_frames: frames of one call.
+        group_frames: most frames of one call; a small memory budget makes it fewer.
+        tile, tile_overlap: larger frames are decoded in tiles, in latents along a side.
     """
 
     network: DecodingConfig
-    group_frames: int = 2
+    group_frames: int = 8
+    tile: int = 96
+    tile_overlap: int = 16
 
     def __post_init__(self):
         check(1 <= self.group_frames <= 1024, f"decoder: group_frames={self.group_frames} is not in 1..1024")
+        check(8 <= self.tile <= 4096, f"decoder: tile={self.tile} is not in 8..4096")
+        check(0 <= self.tile_overlap < self.tile, f"decoder: tile_overlap={self.tile_overlap} is not in 0..tile-1")
 
     def to_dict(self) -> dict:
         return {"family": self.network.family, **super().to_dict()}

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from pylumiere.checkpoints.adapters import StyleChoice
-from pylumiere.config import DECODER, DecodingConfig, ModelConfig, NetworkConfig, StageConfig
+from pylumiere.config import DECODER, DecoderConfig, DecodingConfig, ModelConfig, NetworkConfig, StageConfig
 from pylumiere.diffusion.samplers import SamplerTable, table_for
 from pylumiere.diffusion.tasks import Task, make_task
 from pylumiere.diffusion.windows import WindowPlan
@@ -83,11 +83,12 @@ class DecoderPlan:
     """The decoder's part of a request: a stage without steps, which takes its frames in groups.
 
     Attributes:
+        config: the decoder's network, and what it decodes in tiles.
         windows: the groups, without overlap.
         height, width: of the frames that it makes.
     """
 
-    network: DecodingConfig
+    config: DecoderConfig
     windows: WindowPlan
     height: int
     width: int
@@ -97,9 +98,19 @@ class DecoderPlan:
     style: ClassVar[None] = None
 
     @property
+    def network(self) -> DecodingConfig:
+        return self.config.network
+
+    @property
     def frame_shape(self) -> tuple[int, int, int]:
         """Of the frames that leave the stage."""
         return self.height, self.width, self.network.out_channels
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Height and width of the latents of one call."""
+        height, width, _ = self.input_shape
+        return min(height, self.config.tile), min(width, self.config.tile)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -134,6 +145,14 @@ class Plan:
     @property
     def first(self) -> StagePlan:
         return self.stages[0]
+
+    def grouped(self, frames: int) -> Plan:
+        """The same plan with at most so many frames in a call of the decoder."""
+        last = self.stages[-1]
+        if not isinstance(last, DecoderPlan) or last.windows.window <= frames:
+            return self
+        last = replace(last, windows=WindowPlan(self.num_frames, frames, 0))
+        return replace(self, stages=(*self.stages[:-1], last))
 
     def styled(self, style: StyleChoice) -> Plan:
         """The same plan with a style's weights in the first stage."""
@@ -246,7 +265,7 @@ def _decoder(config: ModelConfig, num_frames: int, height: int, width: int) -> t
     if config.decoder is None:
         return ()
     group = min(num_frames, config.decoder.group_frames)
-    return (DecoderPlan(config.decoder.network, WindowPlan(num_frames, group, 0), height, width),)
+    return (DecoderPlan(config.decoder, WindowPlan(num_frames, group, 0), height, width),)
 
 
 def from_calmest(frames: np.ndarray) -> np.ndarray:

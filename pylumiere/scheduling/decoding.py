@@ -8,16 +8,18 @@ bytes do not depend on the group that it stood in.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pylumiere.config import DecodingConfig
+from pylumiere.config import DecoderConfig
 from pylumiere.diffusion.stages import StageRun
 from pylumiere.diffusion.windows import NonFiniteOutput, WindowPlan
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.autoencoders.tiling import decode_tiled
 from pylumiere.scheduling.batching import Call, CallShape
 
 if TYPE_CHECKING:
@@ -124,9 +126,10 @@ class DecodeBucket:
 
     groups = 1
 
-    def __init__(self, backend: TorchBackend, network: DecodingConfig, shape: CallShape, *, fixed_batch: bool,
+    def __init__(self, backend: TorchBackend, config: DecoderConfig, shape: CallShape, *, fixed_batch: bool,
                  device_calls: DeviceCalls | None = None):  # fmt: skip
-        self.shape, self.backend = shape, backend
+        self.shape, self.backend, self._config = shape, backend, config
+        network = config.network
         self.sampler = GroupSampler()
         self.runs: dict[int, StageRun] = {}
         self.call: Call | None = None
@@ -197,7 +200,10 @@ class DecodeBucket:
         self._device_calls.run(compute, self._frames[rows], self._result[rows])
 
     def _decode(self, rows: slice, num_threads: int | None = None) -> None:
-        self._frames[rows].copy_(self.backend.decode(self._latents[rows][None], num_threads=num_threads)[0])
+        decode = functools.partial(self.backend.decode, num_threads=num_threads)
+        config = self._config
+        frames = decode_tiled(decode, config.network, self._latents[rows][None], config.tile, config.tile_overlap)
+        self._frames[rows].copy_(frames[0])
 
     def complete(self) -> list[tuple[int, BaseException]]:
         """Takes the current call's result. A clip whose frames are not finite, or failed, is removed and returned."""
@@ -220,7 +226,7 @@ class DecodeBucket:
 
     def warm_up(self, num_threads: int | None, part_rows: int | None) -> None:
         if self._device_calls is None:
-            self.backend.decode(self._latents[: part_rows or self.shape.frames][None], num_threads=num_threads)
+            self._decode(slice(0, part_rows or self.shape.frames), num_threads)
         else:
             self._device_calls.enqueue(lambda: self._decode(slice(0, self.shape.frames)))
 

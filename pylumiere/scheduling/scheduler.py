@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pylumiere.config import DecodingConfig
+from pylumiere.config import DECODER
 from pylumiere.diffusion.stages import Feed, Pipeline, StageRun
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.request import Progress
@@ -439,11 +439,10 @@ class Scheduler:
 
     def _make_bucket(self, shape: CallShape) -> Bucket | DecodeBucket:
         backend, config = self.pipeline.backend, self.pipeline.config
-        network = config.networks[shape.stage]
         options = dict(fixed_batch=self._fixed_batch, device_calls=self._device_calls)
-        if isinstance(network, DecodingConfig):
-            return DecodeBucket(backend, network, shape, **options)
-        capacity = self._capacity[shape.guided]
+        if shape.stage == DECODER:
+            return DecodeBucket(backend, config.decoder, shape, **options)
+        network, capacity = config.networks[shape.stage], self._capacity[shape.guided]
         return Bucket(backend, network, config.text_tokens, shape, capacity=capacity, **options)
 
     def _move(self, bucket: Bucket, shape: CallShape) -> None:

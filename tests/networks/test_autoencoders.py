@@ -250,14 +250,14 @@ class Numbered(Enlarged):
 def test_one_tile_is_the_whole_frame_bit_for_bit(kind, data):
     _, network = pair(kind, data)
     latents = random_latents(network)
-    assert torch.equal(decode_tiled(network, latents, 5, 2), network.decode(latents))
+    assert torch.equal(decode_tiled(network.decode, network.config, latents, 5, 2), network.decode(latents))
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(1, 0), (4, 0), (4, 1), (4, 3), (6, 2), (9, 8)])
 def test_tiles_put_together_what_they_cut_apart(tile, overlap):
     for height, width in itertools.product((1, 4, 9, 10, 17), repeat=2):
         network, latents = Enlarged(), random(1, 2, height, width, 4)
-        tiled = decode_tiled(network, latents, tile, overlap)
+        tiled = decode_tiled(network.decode, network.config, latents, tile, overlap)
         torch.testing.assert_close(tiled, Enlarged().decode(latents), rtol=1e-6, atol=1e-6)
         assert set(network.calls) == {(1, 2, min(tile, height), min(tile, width), 4)}
 
@@ -272,7 +272,7 @@ def test_tiles_are_blended_linearly_where_they_overlap():
 def test_a_tile_differs_from_the_whole_frame_only_where_it_misses_context():
     _, network = pair(AutoencoderTinyConfig, SMALL_TINY["shifted"])
     latents = random_latents(network, height=4, width=40)
-    whole, tiled = network.decode(latents), decode_tiled(network, latents, tile=24, overlap=8)
+    whole, tiled = network.decode(latents), decode_tiled(network.decode, network.config, latents, tile=24, overlap=8)
     error = (whole - tiled).abs().amax((0, 1, 2, 4)).view(40, -1).amax(1)  # by column of latents
     assert error[:8].amax() < 1e-5 and error[-8:].amax() < 1e-5
     assert error[16:24].amax() > 1e-4

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from pylumiere.networks.autoencoders.base import Autoencoder
+from pylumiere.config import DecodingConfig
 
 
-def decode_tiled(network: Autoencoder, latents: Tensor, tile: int, overlap: int) -> Tensor:
-    """`network.decode` in tiles of `tile` x `tile` latents, blended linearly where they overlap.
+def decode_tiled(
+    decode: Callable[[Tensor], Tensor], config: DecodingConfig, latents: Tensor, tile: int, overlap: int
+) -> Tensor:
+    """A decoder's call in tiles of `tile` x `tile` latents, blended linearly where they overlap.
 
     Tiles start every `tile - overlap` latents; the last ones are moved back to end with the frame, so all calls have
     one shape. A frame that one tile covers is decoded as a whole, bit for bit. Otherwise the result differs from the
@@ -17,6 +21,8 @@ def decode_tiled(network: Autoencoder, latents: Tensor, tile: int, overlap: int)
     tile alone, which may change its colours slightly.
 
     Args:
+        decode: [B, T, h, w, latent_channels] -> [B, T, h*scale, w*scale, out_channels].
+        config: of the decoder.
         latents: [B, T, h, w, latent_channels].
         tile, overlap: in latents, along height and width.
 
@@ -24,19 +30,19 @@ def decode_tiled(network: Autoencoder, latents: Tensor, tile: int, overlap: int)
         [B, T, h*scale, w*scale, out_channels] in the dtype of `latents`.
 
     Raises:
-        ValueError: `overlap` is not in 0..tile-1, or the network refuses the latents.
+        ValueError: `overlap` is not in 0..tile-1.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap={overlap} is not in 0..{tile - 1}")
     height, width = latents.shape[2:4]
     if height <= tile and width <= tile:
-        return network.decode(latents)
-    scale = network.config.scale
+        return decode(latents)
+    scale = config.scale
     rows, columns = (_cut(side, tile, overlap, scale, latents.device) for side in (height, width))
-    frames = latents.new_zeros(*latents.shape[:2], height * scale, width * scale, network.config.out_channels)
+    frames = latents.new_zeros(*latents.shape[:2], height * scale, width * scale, config.out_channels)
     for top, row_weights in rows:
         for left, column_weights in columns:
-            part = network.decode(latents[:, :, top : top + tile, left : left + tile].contiguous())
+            part = decode(latents[:, :, top : top + tile, left : left + tile].contiguous())
             weights = (row_weights[:, None] * column_weights).to(part.dtype)[..., None]
             y, x = top * scale, left * scale
             frames[:, :, y : y + part.shape[2], x : x + part.shape[3]] += part * weights

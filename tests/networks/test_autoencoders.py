@@ -263,7 +263,8 @@ def test_tiles_put_together_what_they_cut_apart(tile, overlap):
 
 
 def test_tiles_are_blended_linearly_where_they_overlap():
-    row = decode_tiled(Numbered(), torch.zeros(1, 1, 6, 10, 4), tile=6, overlap=2)[0, 0, 0, :, 0]
+    network = Numbered()
+    row = decode_tiled(network.decode, network.config, torch.zeros(1, 1, 6, 10, 4), tile=6, overlap=2)[0, 0, 0, :, 0]
     ramp = 1 + (torch.arange(8) + 0.5) / 8  # 2 latents, 4 pixels each
     torch.testing.assert_close(row, torch.cat([torch.ones(16), ramp, torch.full((16,), 2.0)]))
 
@@ -281,7 +282,7 @@ def test_a_tile_differs_from_the_whole_frame_only_where_it_misses_context():
 @pytest.mark.parametrize(("tile", "overlap"), [(4, 4), (4, -1), (0, 0)])
 def test_a_wrong_overlap_is_named(tile, overlap):
     with pytest.raises(ValueError, match=f"overlap={overlap} is not in 0..{tile - 1}"):
-        decode_tiled(Enlarged(), torch.zeros(1, 1, 8, 8, 4), tile, overlap)
+        decode_tiled(Enlarged().decode, Enlarged().config, torch.zeros(1, 1, 8, 8, 4), tile, overlap)
 
 
 # ---- configurations and sizes --------------------------------------------------------------------------------------

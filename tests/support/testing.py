@@ -104,11 +104,11 @@ def no_new_threads(before: int) -> bool:
 
 
 def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
-    """A model folder with random weights; of the preset "tiny" if no config is given."""
+    """A model folder with random weights; of the preset "tiny" if no config is given. Networks take seeds in turn."""
     from pylumiere.checkpoints.native import save_checkpoint
     from pylumiere.networks.stunet.presets import model_preset
 
     config = model_preset("tiny") if config is None else config
-    ssr = None if config.ssr is None else random_weights(config.ssr.network, seed + 1)
-    save_checkpoint(folder, config, random_weights(config.base.network, seed), ssr)
+    networks = {name: random_weights(network, seed + i) for i, (name, network) in enumerate(config.networks.items())}
+    save_checkpoint(folder, config, networks)
     return folder

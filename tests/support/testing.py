@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,12 @@ def no_new_threads(before: int) -> bool:
 
 
 # ---- models of a few thousand weights ------------------------------------------------------------------------------
+
+
+def with_stage(config: ModelConfig, name: str, **fields: Any) -> ModelConfig:
+    """The same model with some fields of one stage replaced."""
+    stages = tuple(replace(stage, **fields) if stage.name == name else stage for stage in config.stages)
+    return replace(config, stages=stages)
 
 
 def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:

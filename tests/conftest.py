@@ -68,8 +68,8 @@ def tiny_model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     config = model_preset("tiny")
-    stages = [weights(stage.network, i) for i, stage in enumerate((config.base, config.ssr))]
-    save_checkpoint(folder, config, *stages, dtype=torch.bfloat16)
+    networks = {name: weights(network, seed) for seed, (name, network) in enumerate(config.networks.items())}
+    save_checkpoint(folder, config, networks, dtype=torch.bfloat16)
     return folder
 
 

@@ -9,7 +9,7 @@ from pylumiere.config import STUNetConfig
 
 def random_weights(config: STUNetConfig, seed: int) -> dict[str, torch.Tensor]:
     """Weights of a network, random also where training starts at zero: no part of it is without effect."""
-    from pylumiere.checkpoints.native import expected_shapes
+    from pylumiere.networks.families import expected_shapes
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -10,7 +10,8 @@ from support.testing import rel_rms, write_random_model
 
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.torch import TorchBackend
-from pylumiere.checkpoints.native import build_network, load_checkpoint
+from pylumiere.checkpoints.native import load_checkpoint
+from pylumiere.networks.families import build_network
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def inputs(stage, seed=0):
 @torch.inference_mode()
 def test_equals_the_plain_network_in_float64(checkpoint, stage, precision, bound):
     backend = backend_of(checkpoint, precision)
-    config = getattr(checkpoint.config, stage).network
-    oracle = build_network(config, {n: t.double() for n, t in getattr(checkpoint, stage).items()})
+    config = checkpoint.config.stage(stage).network
+    oracle = build_network(config, {n: t.double() for n, t in checkpoint.weights[stage].items()})
     sample, *rest = inputs(stage)
     result = backend.predict(stage, sample, *rest)
     assert result.dtype == torch.float32 and result.is_contiguous() and result.shape == (*sample.shape[:-1], 3)
@@ -55,7 +56,7 @@ def test_weights_are_channels_last_and_counted(checkpoint):
     assert spatial.is_contiguous(memory_format=torch.channels_last) and not spatial.is_contiguous()
     temporal = network.blocks["down0_time"].conv.weight
     assert temporal.stride(1) == 1 and temporal.shape[1:] == (32, 3)
-    count = sum(t.numel() for weights in (checkpoint.base, checkpoint.ssr) for t in weights.values())
+    count = sum(t.numel() for weights in checkpoint.weights.values() for t in weights.values())
     assert backend.weight_bytes == 2 * count
 
 

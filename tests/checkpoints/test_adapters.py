@@ -14,7 +14,7 @@ from pylumiere.errors import InvalidRequest
 from pylumiere.networks.stunet import STUNet
 from pylumiere.networks.stunet.presets import model_preset
 
-CONFIG = model_preset("tiny").base.network
+CONFIG = model_preset("tiny").first.network
 BASE = random_weights(CONFIG, 0)
 SPATIAL, TEMPORAL = "blocks.down0_resnet0.conv1.weight", "blocks.down0_temporal_conv0.temporal.weight"
 
@@ -105,11 +105,11 @@ def test_the_shipped_style_fits_the_demo_and_is_small():
     checkpoint = load_checkpoint(find_model("demo"))
     path = find_style("ink", checkpoint.folder)
     assert path.stat().st_size < 600_000
-    network = checkpoint.config.base.network
-    style = read_style(path, network, fingerprint(checkpoint.base))
+    network, base = checkpoint.config.first.network, checkpoint.weights["base"]
+    style = read_style(path, network, fingerprint(base))
     with torch.device("meta"):
         model = STUNet(network)
     assert style.names and not any(model.is_temporal(name) for name in style.names)
-    mixed = style.weights(checkpoint.base, 1.0)
-    original = {name: checkpoint.base[name].float() for name in mixed}
+    mixed = style.weights(base, 1.0)
+    original = {name: base[name].float() for name in mixed}
     assert np.median([(mixed[n].float() - w).norm() / w.norm() for n, w in original.items()]) > 0.01

@@ -129,7 +129,7 @@ def test_a_manifest_that_no_loader_takes_is_not_written(sample):
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version, text", [(2, "version 2 is not known.*update"), (0, "version 0 .*export the bundle"),
+@pytest.mark.parametrize("version, text", [(3, "version 3 is not known.*update"), (0, "version 0 .*export the bundle"),
                                            ("1", "no schema_version"), (True, "no schema_version")])  # fmt: skip
 def test_other_schema_versions_are_refused_by_name(sample, version, text):
     edit(sample[0], lambda data: data.update(schema_version=version))

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pylumiere
-from pylumiere.checkpoints.native import build_network, expected_shapes, find_model, load_checkpoint, save_checkpoint
+from pylumiere.checkpoints.native import find_model, load_checkpoint, save_checkpoint
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError
+from pylumiere.networks.families import build_network, expected_shapes
 from pylumiere.networks.stunet import STUNet
 from pylumiere.networks.stunet.presets import model_preset
 
 CONFIG = model_preset("tiny")
+BASE, SSR = CONFIG.first.network, CONFIG.last.network
 
 
 def random_weights(config, seed):
@@ -26,12 +28,12 @@ def random_weights(config, seed):
 
 @pytest.fixture(scope="module")
 def weights():
-    return random_weights(CONFIG.base.network, 0), random_weights(CONFIG.ssr.network, 1)
+    return {"base": random_weights(BASE, 0), "ssr": random_weights(SSR, 1)}
 
 
 @pytest.fixture
 def folder(weights, tmp_path):
-    save_checkpoint(tmp_path, CONFIG, *weights)
+    save_checkpoint(tmp_path, CONFIG, weights)
     return tmp_path
 
 
@@ -44,7 +46,9 @@ def change(path, edit):
 def test_round_trip_is_exact(folder, weights):
     checkpoint = load_checkpoint(folder)
     assert checkpoint.config == CONFIG
-    for loaded, saved in zip((checkpoint.base, checkpoint.ssr), weights, strict=True):
+    assert checkpoint.weights.keys() == weights.keys()
+    for stage, saved in weights.items():
+        loaded = checkpoint.weights[stage]
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "config.json", "ssr.safetensors"]
@@ -52,31 +56,31 @@ def test_round_trip_is_exact(folder, weights):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stored_dtype(weights, tmp_path, dtype):
-    save_checkpoint(tmp_path, CONFIG, *weights, dtype=dtype)
-    checkpoint = load_checkpoint(tmp_path)
-    assert {tensor.dtype for tensor in checkpoint.base.values()} == {dtype}
-    assert torch.equal(checkpoint.base["conv_in.weight"], weights[0]["conv_in.weight"].to(dtype))
+    save_checkpoint(tmp_path, CONFIG, weights, dtype=dtype)
+    base = load_checkpoint(tmp_path).weights["base"]
+    assert {tensor.dtype for tensor in base.values()} == {dtype}
+    assert torch.equal(base["conv_in.weight"], weights["base"]["conv_in.weight"].to(dtype))
 
 
 def test_base_only_model(weights, tmp_path):
-    config = ModelConfig("small", CONFIG.base, None, text_encoder="hash")
-    save_checkpoint(tmp_path, config, weights[0])
-    assert load_checkpoint(tmp_path).ssr is None
-    save_file(weights[1], tmp_path / "ssr.safetensors")
+    config = ModelConfig("small", CONFIG.stages[:1], text_encoder="hash")
+    save_checkpoint(tmp_path, config, {"base": weights["base"]})
+    assert list(load_checkpoint(tmp_path).weights) == ["base"]
+    save_file(weights["ssr"], tmp_path / "ssr.safetensors")
     with pytest.raises(BundleError, match="config.json has no ssr stage"):
         load_checkpoint(tmp_path)
 
 
 def test_network_holds_the_tensors_themselves(folder):
-    checkpoint = load_checkpoint(folder)
-    network = build_network(CONFIG.base.network, checkpoint.base)
-    assert network.conv_in.weight.data_ptr() == checkpoint.base["conv_in.weight"].data_ptr()
+    base = load_checkpoint(folder).weights["base"]
+    network = build_network(BASE, base)
+    assert network.conv_in.weight.data_ptr() == base["conv_in.weight"].data_ptr()
     assert not network.training and not any(p.requires_grad or p.is_meta for p in network.parameters())
 
 
 def test_expected_shapes_are_those_of_the_network():
-    network = STUNet(CONFIG.ssr.network)
-    assert expected_shapes(CONFIG.ssr.network) == {n: tuple(t.shape) for n, t in network.state_dict().items()}
+    network = STUNet(SSR)
+    assert expected_shapes(SSR) == {n: tuple(t.shape) for n, t in network.state_dict().items()}
 
 
 def remove(name):
@@ -156,7 +160,7 @@ def test_missing_files_are_named(folder, name):
     ("text", "message"),
     [
         ("{", "config.json: Expecting"),
-        ("[]", "config.json: .*expected an object"),
+        ("[]", "config.json: ModelConfig: expected an object, got list"),
         ("[" * 100_000, "config.json: "),
         ("\udcff", "config.json: "),
     ],
@@ -172,9 +176,9 @@ def test_config_that_is_no_json_object(folder, text, message):
     [
         (["colour"], 1, "'colour'"),
         (["fps"], "16", "fps"),
-        (["base", "network", "head_dim"], 7, "head_dim=7"),
-        (["base", "network", "num_frames"], 7, "num_frames=7"),
-        (["base", "schedule", "prediction_type"], "score", "'score'"),
+        (["stages", 0, "network", "head_dim"], 7, "head_dim=7"),
+        (["stages", 0, "network", "num_frames"], 7, "num_frames=7"),
+        (["stages", 0, "schedule", "prediction_type"], "score", "'score'"),
     ],
 )
 def test_config_values_that_are_refused(folder, keys, value, message):
@@ -209,14 +213,16 @@ def test_sources(folder, tmp_path):
 
 
 def test_saving_refuses_what_loading_would(weights, tmp_path):
-    base, ssr = weights
+    base = weights["base"]
     target = tmp_path / "model"
     with pytest.raises(BundleError, match="missing conv_in.weight"):
-        save_checkpoint(target, CONFIG, {n: t for n, t in base.items() if n != "conv_in.weight"}, ssr)
+        save_checkpoint(target, CONFIG, {**weights, "base": {n: t for n, t in base.items() if n != "conv_in.weight"}})
     with pytest.raises(BundleError, match="NaN or infinity in conv_in.bias"):
-        save_checkpoint(target, CONFIG, {**base, "conv_in.bias": torch.full((16,), float("inf"))}, ssr)
-    with pytest.raises(BundleError, match="exactly where the config has an ssr stage"):
-        save_checkpoint(target, CONFIG, base)
+        save_checkpoint(target, CONFIG, {**weights, "base": {**base, "conv_in.bias": torch.full((16,), float("inf"))}})
+    with pytest.raises(BundleError, match="weights are given for base; the model has base, ssr"):
+        save_checkpoint(target, CONFIG, {"base": base})
+    with pytest.raises(BundleError, match="weights are given for base, decoder, ssr; the model has base, ssr"):
+        save_checkpoint(target, CONFIG, {**weights, "decoder": {}})
     assert not target.exists(), "a refused model leaves nothing behind"
 
 
@@ -230,5 +236,5 @@ def test_a_failed_write_leaves_the_old_model(folder, weights, monkeypatch):
 
     monkeypatch.setattr(module, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(folder, CONFIG, *weights, dtype=torch.float16)
+        save_checkpoint(folder, CONFIG, weights, dtype=torch.float16)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

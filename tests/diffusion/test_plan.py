@@ -9,22 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pylumiere.kernels.denoise_step import frame_noise
-from support.testing import rel_rms, write_random_model
+from support.testing import rel_rms, with_stage, write_random_model
 
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
-from pylumiere.checkpoints.native import build_network, load_checkpoint
+from pylumiere.checkpoints.native import load_checkpoint
 from pylumiere.config import ModelConfig, SamplerConfig, ScheduleConfig, StageConfig
-from pylumiere.diffusion.plan import Pipeline, from_calmest, plan_request, plan_ssr
+from pylumiere.diffusion.plan import from_calmest, plan_request, plan_upscaling
+from pylumiere.diffusion.stages import Pipeline
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.families import build_network
 from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.networks.text import HashEncoder
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.batching import Bucket
 from pylumiere.scheduling.scheduler import call_shape
 
-CONFIG = dataclasses.replace(model_preset("tiny"), augmentation=0.15)
-BASE, SSR = CONFIG.base.network, CONFIG.ssr.network
+CONFIG = with_stage(model_preset("tiny"), "ssr", augmentation=0.15)
+BASE, SSR = (stage.network for stage in CONFIG.stages)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def make_pipeline(checkpoint):
 
 def pieces_of(pipeline, run, capacity=1):
     """Final frames of one stage, from a bucket that nobody shares."""
-    network = pipeline.network(run.stage.name)
+    network = pipeline.config.networks[run.stage.name]
     bucket = Bucket(
         pipeline.backend, network, pipeline.config.text_tokens, call_shape(run.stage), capacity=capacity,
         fixed_batch=True,
@@ -60,6 +62,11 @@ def clip_of(pipeline, run, capacity=1):
     return np.concatenate([frames for _, frames in pieces_of(pipeline, run, capacity)])
 
 
+def first_clip_of(pipeline, plan):
+    """Of the first stage alone."""
+    return clip_of(pipeline, pipeline.start(plan, pipeline.embed(plan), pipeline.encode(plan)))
+
+
 @pytest.fixture(scope="module")
 def pipeline(checkpoint):
     return make_pipeline(checkpoint)
@@ -76,9 +83,11 @@ def test_defaults_come_from_the_model():
     plan = plan_of()
     assert (plan.num_frames, plan.height, plan.width, plan.fps) == (8, 32, 32, 16.0)
     assert (plan.sampler, plan.num_inference_steps, plan.guidance_scale) == ("dpmpp_2m", 4, 2.0)
-    assert (plan.base.height, plan.base.width, plan.base.windows.num_windows) == (16, 16, 1)
-    assert (plan.ssr.windows.window, plan.ssr.windows.overlap, len(plan.ssr.table.timesteps)) == (4, 1, 2)
-    assert not plan.ssr.is_guided and plan.base.is_guided
+    base, ssr = plan.stages
+    assert plan.first is base and (base.name, ssr.name) == ("base", "ssr")
+    assert (base.height, base.width, base.windows.num_windows) == (16, 16, 1)
+    assert (ssr.windows.window, ssr.windows.overlap, len(ssr.table.timesteps)) == (4, 1, 2)
+    assert not ssr.is_guided and base.is_guided
 
 
 def test_a_drawn_seed_is_reported_and_differs():
@@ -108,7 +117,7 @@ def test_what_the_model_does_not_take_is_named(fields, message):
 
 
 def test_window_smaller_than_the_models_overlap():
-    assert plan_of(window_frames=1).ssr.windows.overlap == 0
+    assert plan_of(window_frames=1).stages[1].windows.overlap == 0
 
 
 @pytest.mark.parametrize(
@@ -118,13 +127,13 @@ def test_window_smaller_than_the_models_overlap():
 )  # fmt: skip
 def test_windows_of_the_base(num_frames, loop, window, overlap, num_windows):
     """Any length: the network's multiple is filled up by repeating the last frame, which is then dropped."""
-    windows = plan_of(num_frames=num_frames, loop=loop).base.windows
+    windows = plan_of(num_frames=num_frames, loop=loop).first.windows
     assert (windows.window, windows.overlap, windows.num_windows) == (window, overlap, num_windows)
     assert windows.call_frames % BASE.temporal_factor == 0 and windows.loop == loop
 
 
 def test_strength_runs_fewer_steps():
-    assert len(plan_of(video=CLIP, strength=0.5).base.table.timesteps) == 2
+    assert len(plan_of(video=CLIP, strength=0.5).first.table.timesteps) == 2
 
 
 CLIP = np.random.default_rng(0).random((8, 16, 16, 3)).astype(np.float32)  # at the base's own size: no scaling
@@ -177,7 +186,7 @@ def windows_of(num_frames, loop):
 
 
 def base_oracle(checkpoint, plan, encoder):
-    network, given = build_network(BASE, checkpoint.base), given_of(plan)
+    network, given = build_network(BASE, checkpoint.weights["base"]), given_of(plan)
 
     def predict(x, time):
         outs = []
@@ -194,16 +203,16 @@ def base_oracle(checkpoint, plan, encoder):
         return outs
 
     return step_by_step(
-        predict, plan.base.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.task.initial,
+        predict, plan.first.table, (plan.num_frames, 16, 16, 3), plan.seed, 0, plan.guidance_scale, plan.task.initial,
         given,
     )  # fmt: skip
 
 
 def ssr_oracle(checkpoint, stage, low, seed):
-    network = build_network(SSR, checkpoint.ssr)
-    num_frames = len(low)
+    network = build_network(SSR, checkpoint.weights["ssr"])
+    num_frames, level = len(low), CONFIG.stage("ssr").augmentation
     noise = frame_noise(seed, 2, -1, list(range(num_frames)), low[0].size).view(num_frames, *low.shape[1:])
-    noisy = torch.as_tensor(low) + CONFIG.augmentation * noise
+    noisy = torch.as_tensor(low) + level * noise
     size = (stage.height, stage.width)
     given = F.interpolate(noisy.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
     window, stride = stage.windows.window, stage.windows.stride
@@ -215,7 +224,7 @@ def ssr_oracle(checkpoint, stage, low, seed):
             start = min(start, num_frames - window)
             frames = slice(start, start + window)
             sample = torch.cat([x[frames], given[frames]], -1)[None]
-            total[frames] += network(sample, torch.tensor([time]), noise_level=torch.tensor([CONFIG.augmentation]))[0]
+            total[frames] += network(sample, torch.tensor([time]), noise_level=torch.tensor([level]))[0]
             count[frames] += 1
             if start + window == num_frames:
                 return total / count, total / count
@@ -240,17 +249,29 @@ def ssr_oracle(checkpoint, stage, low, seed):
         {"loop": True, "image": CLIP[0]},
         {"num_frames": 4, "height": 48},
     ],
-    ids=["guided", "unguided", "stochastic", "image", "strength", "inpainting", "cinemagraph", "odd", "long", "loop",
-         "short loop", "size"],
+    ids=[
+        "guided",
+        "unguided",
+        "stochastic",
+        "image",
+        "strength",
+        "inpainting",
+        "cinemagraph",
+        "odd",
+        "long",
+        "loop",
+        "short loop",
+        "size",
+    ],
 )
 @torch.inference_mode()
 def test_base_equals_a_plain_loop(checkpoint, pipeline, fields):
     plan = plan_of(seed=2**64 - 3, **fields)
-    result = clip_of(pipeline, pipeline.base(plan, pipeline.embed(plan)))
+    result = first_clip_of(pipeline, plan)
     if plan.height == 32:
         expected = base_oracle(checkpoint, plan, pipeline.encoder)
         assert rel_rms(torch.as_tensor(result), expected) < 2e-4
-    assert result.shape == (plan.num_frames, plan.base.height, plan.base.width, 3)
+    assert result.shape == (plan.num_frames, plan.first.height, plan.first.width, 3)
     assert np.abs(result).max() <= 1
 
 
@@ -267,12 +288,14 @@ def test_base_equals_a_plain_loop(checkpoint, pipeline, fields):
 )
 @torch.inference_mode()
 def test_ssr_equals_a_plain_loop_over_windows(checkpoint, num_frames, window, overlap, sampler, steps):
-    sampling = dataclasses.replace(CONFIG.ssr.sampling, sampler=sampler)
-    config = dataclasses.replace(CONFIG, ssr=dataclasses.replace(CONFIG.ssr, sampling=sampling))
+    sampling = dataclasses.replace(CONFIG.stage("ssr").sampling, sampler=sampler)
+    config = with_stage(CONFIG, "ssr", sampling=sampling)
     pipeline = make_pipeline(dataclasses.replace(checkpoint, config=config))
     low = np.random.default_rng(1).uniform(-1, 1, (num_frames, 8, 8, 3)).astype(np.float32)
-    stage = plan_ssr(config, 16, 16, num_frames=num_frames, window=window, overlap=overlap, num_inference_steps=steps)
-    pieces = pieces_of(pipeline, pipeline.ssr(stage, low, seed=2**63 + 5))
+    (stage,) = plan_upscaling(
+        config, 16, 16, num_frames=num_frames, window=window, overlap=overlap, num_inference_steps=steps
+    )
+    pieces = pieces_of(pipeline, pipeline.follow(stage, low, seed=2**63 + 5))
     starts = [start for start, _ in pieces]
     assert starts == np.cumsum([0] + [len(frames) for _, frames in pieces[:-1]]).tolist()
     result = np.concatenate([frames for _, frames in pieces])
@@ -285,8 +308,8 @@ def test_ssr_bits_depend_neither_on_capacity_nor_on_how_the_length_is_known(chec
     pipeline = make_pipeline(checkpoint)
     results = []
     for num_frames in (11, None):
-        stage = plan_ssr(CONFIG, 16, 16, num_frames=num_frames)
-        results.append(clip_of(pipeline, pipeline.ssr(stage, iter(low), seed=3), capacity=3))
+        (stage,) = plan_upscaling(CONFIG, 16, 16, num_frames=num_frames)
+        results.append(clip_of(pipeline, pipeline.follow(stage, iter(low), seed=3), capacity=3))
     np.testing.assert_array_equal(*results)
 
 
@@ -324,14 +347,14 @@ def test_order_of_channels_and_of_guidance(checkpoint, pipeline):
     backend = Counting(pipeline.backend, "predict")
     watched = dataclasses.replace(pipeline, backend=backend)
     plan = plan_of(seed=1, image=CLIP[0], num_inference_steps=1)
-    clip_of(watched, watched.base(plan, watched.embed(plan)))
+    first_clip_of(watched, plan)
     (((stage, sample, times, text, mask, level), _),) = backend.calls
     assert stage == "base" and level is None and sample.shape == (2, 8, 16, 16, 7)
-    first = frame_noise(1, 0, -1, list(range(8)), 16 * 16 * 3).view(8, 16, 16, 3) * plan.base.table.init_sigma
+    first = frame_noise(1, 0, -1, list(range(8)), 16 * 16 * 3).view(8, 16, 16, 3) * plan.first.table.init_sigma
     torch.testing.assert_close(sample[0, ..., :3], first)
     assert torch.equal(sample[0], sample[1])
     assert torch.equal(sample[0, ..., 3:], given_of(plan))
-    assert times.tolist() == [plan.base.table.timesteps[0]] * 2
+    assert times.tolist() == [plan.first.table.timesteps[0]] * 2
     expected, expected_mask = pipeline.encoder.encode(["a red circle", ""])
     assert torch.equal(text, expected) and torch.equal(mask, expected_mask)
 
@@ -340,25 +363,26 @@ def test_without_guidance_the_network_is_called_with_one_row(pipeline):
     backend = Counting(pipeline.backend, "predict")
     watched = dataclasses.replace(pipeline, backend=backend)
     plan = plan_of(guidance_scale=1.0)
-    clip_of(watched, watched.base(plan, watched.embed(plan)))
+    first_clip_of(watched, plan)
     assert [len(args[1]) for args, _ in backend.calls] == [1] * 4
 
 
 def test_guided_ssr_without_text_is_refused(checkpoint):
-    sampling = dataclasses.replace(CONFIG.ssr.sampling, guidance_scale=3.0)
-    config = dataclasses.replace(CONFIG, ssr=dataclasses.replace(CONFIG.ssr, sampling=sampling))
+    sampling = dataclasses.replace(CONFIG.stage("ssr").sampling, guidance_scale=3.0)
+    config = with_stage(CONFIG, "ssr", sampling=sampling)
     pipeline = make_pipeline(dataclasses.replace(checkpoint, config=config))
+    (stage,) = plan_upscaling(config, 16, 16, num_frames=4)
     with pytest.raises(InvalidRequest, match="guidance_scale=3.0: the ssr network takes no text"):
-        pipeline.ssr(plan_ssr(config, 16, 16, num_frames=4), np.zeros((4, 8, 8, 3), np.float32), 0)
+        pipeline.follow(stage, np.zeros((4, 8, 8, 3), np.float32), 0)
 
 
 def test_flow_model_takes_euler(tmp_path):
-    stage = StageConfig(BASE, ScheduleConfig("flow", "flow"), SamplerConfig("euler", 3, 1.0))
-    config = ModelConfig("flow", stage, None, text_encoder="hash", text_tokens=8)
+    stage = StageConfig("base", BASE, ScheduleConfig("flow", "flow"), SamplerConfig("euler", 3, 1.0))
+    config = ModelConfig("flow", (stage,), text_encoder="hash", text_tokens=8)
     pipeline = make_pipeline(load_checkpoint(write_random_model(tmp_path, config)))
     plan = plan_request(GenerationRequest(prompt="x", seed=1), config)
-    assert plan.ssr is None and (plan.height, plan.width) == (16, 16)
-    assert np.isfinite(clip_of(pipeline, pipeline.base(plan, pipeline.embed(plan)))).all()
+    assert plan.stages == (plan.first,) and (plan.height, plan.width) == (16, 16)
+    assert np.isfinite(first_clip_of(pipeline, plan)).all()
 
 
 def test_a_loop_begins_where_it_moves_least():

@@ -11,7 +11,7 @@ import torch
 from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.scheduling.memory import MARGIN_BYTES, _LiveBytes, activation_bytes, peak_resident_bytes, resident_bytes
 
-NETWORK = model_preset("tiny").base.network
+NETWORK = model_preset("tiny").first.network
 
 
 def test_storages_count_from_making_to_dropping():

@@ -377,7 +377,7 @@ def wrong_type(bundle, rng):
     elif isinstance(value, list):
         other = rng.choice(["text", 7, {"a": 1}, None])
     elif isinstance(value, dict):
-        other = rng.choice(["text", 7, [value], None if path != ("model", "ssr") else 7])
+        other = rng.choice(["text", 7, [value], None if path[-1] != "windows" else 7])  # a stage may have none
     else:
         other = rng.choice([[], {}])
     _at(data, path[:-1])[path[-1]] = other
@@ -398,7 +398,8 @@ def unknown_field(bundle, rng):
 def missing_field(bundle, rng):
     data = _data(bundle)
     required = [("name",), ("created_by",), ("model",), ("weights",), ("text",), ("files",), ("schema_version",),
-                ("model", "base"), ("model", "name"), ("weights", "base"), ("weights", "ssr"), ("text", "kind"),
+                ("model", "stages"), ("model", "stages", 0, "name"), ("model", "stages", 1, "network"),
+                ("model", "name"), ("weights", "base"), ("weights", "ssr"), ("text", "kind"),
                 ("text", "width"), ("text", "tokenizer")]  # fmt: skip
     for index in range(len(data["artefacts"])):
         required += [("artefacts", index, key) for key in ("name", "kind", "backend", "stage", "target", "files",
@@ -453,7 +454,7 @@ def case_twins(bundle, rng):
 @mutation
 def wrong_schema(bundle, rng):
     data = _data(bundle)
-    data["schema_version"] = rng.choice([0, 2, 3, 99, -1, 10**18, 10**4000, "1", 1.0, 1.5, True, None, [1], {}])
+    data["schema_version"] = rng.choice([0, 3, 4, 99, -1, 10**18, 10**4000, "1", 1.0, 1.5, True, None, [1], {}])
     _store(bundle, data)
 
 
@@ -475,7 +476,7 @@ def contradiction(bundle, rng):
         lambda: onnx["receipt"].update(build_seconds=-1.0), lambda: data["weights"].update(base="text/tokenizer.json"),
         lambda: data["text"].update(kind="hash"), lambda: data["text"].update(width=0),
         lambda: data["text"].update(width=33), lambda: data["model"].update(text_tokens=0),
-        lambda: data["model"]["base"]["network"].update(num_groups=5), lambda: data["model"].update(ssr=None),
+        lambda: data["model"]["stages"][0]["network"].update(num_groups=5), lambda: data["model"]["stages"].pop(),
         lambda: data.update(files={}), lambda: data.update(name="../x"), lambda: data.update(name=""),
         lambda: data.update(files={f"onnx/{i}.onnx": {"size": 1, "sha256": "0" * 64} for i in range(5000)}),
     ]  # fmt: skip

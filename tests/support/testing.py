@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,12 +104,18 @@ def no_new_threads(before: int) -> bool:
 # ---- models of a few thousand weights ------------------------------------------------------------------------------
 
 
+def with_stage(config: ModelConfig, name: str, **fields: Any) -> ModelConfig:
+    """The same model with some fields of one stage replaced."""
+    stages = tuple(replace(stage, **fields) if stage.name == name else stage for stage in config.stages)
+    return replace(config, stages=stages)
+
+
 def write_random_model(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
-    """A model folder with random weights; of the preset "tiny" if no config is given."""
+    """A model folder with random weights; of the preset "tiny" if no config is given. Networks take seeds in turn."""
     from pylumiere.checkpoints.native import save_checkpoint
     from pylumiere.networks.stunet.presets import model_preset
 
     config = model_preset("tiny") if config is None else config
-    ssr = None if config.ssr is None else random_weights(config.ssr.network, seed + 1)
-    save_checkpoint(folder, config, random_weights(config.base.network, seed), ssr)
+    networks = {name: random_weights(network, seed + i) for i, (name, network) in enumerate(config.networks.items())}
+    save_checkpoint(folder, config, networks)
     return folder

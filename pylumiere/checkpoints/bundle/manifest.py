@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pylumiere.config import ModelConfig
+from pylumiere.config import MAX_STAGES, ModelConfig
 from pylumiere.errors import BundleError, one_line
 
 SCHEMA_VERSION = 2
@@ -335,7 +335,7 @@ def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
             f"{where}: {MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "
             f"{SCHEMA_VERSION}: {remedy}"
         )
-    for name, most in (("files", MAX_FILES), ("artefacts", MAX_FILES), ("weights", 2), ("fields", 20)):
+    for name, most in (("files", MAX_FILES), ("artefacts", MAX_FILES), ("weights", MAX_STAGES + 1), ("fields", 20)):
         found = data if name == "fields" else data.get(name)
         if isinstance(found, (dict, list)) and len(found) > most:
             raise BundleError(f"{where}: {MANIFEST} has {len(found)} {name}; at most {most} are allowed")

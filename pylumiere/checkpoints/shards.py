@@ -23,12 +23,12 @@ from pylumiere.checkpoints.files import (
     HEADER_BYTES_PER_TENSOR,
     MAX_BYTES_PER_VALUE,
     check_finite,
-    check_header,
     check_inside,
     check_size,
     check_tensors,
     first_few,
     first_line,
+    header_length,
     printable,
     read_json,
 )
@@ -148,7 +148,8 @@ def _check_sizes(weights: Weights, shapes: Mapping[str, tuple], times: int) -> N
     if total > limit:
         raise BundleError(f"the shards of {weights.path} have {total} bytes; at most {limit} are expected")
     for path in weights.files:
-        check_header(path, header)
+        if (length := header_length(path)) > header:
+            raise BundleError(f"{path} says that its header has {length} bytes; at most {header} are expected")
 
 
 def _open_all(weights: Weights, stack: ExitStack) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
@@ -37,7 +37,9 @@ from pylumiere.errors import BundleError
 MAX_INDEX_BYTES = 4 * 2**20
 _METADATA_BYTES = 2**16  # of a header, beside its tensors
 _VARIANTS = ("", "fp16")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def find_weights(folder: Path, stem: str, root: Path | None = None) -> Weights:
             return _from_index(index, root)
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise BundleError(
             f"{folder} has only pickled weights ({first_few(pickles)}), which can run code; convert them with "
@@ -110,19 +112,41 @@ def read_tensors(
     weights = find_weights(folder, stem, root)
     _check_sizes(weights, shapes, 2 if ignored else 1)
     with ExitStack() as stack:
-        pieces = {}
-        for name, piece in _open_all(weights, stack).items():
-            ours = name if rename is None else rename(name)
-            if ours in pieces:
-                raise BundleError(f"{weights.path} holds {printable(ours)} under two names")
-            if ours in shapes or not ours.startswith(ignored):
-                pieces[ours] = piece
-        check_tensors(
-            weights.path, shapes, {name: _described(piece, shapes.get(name)) for name, piece in pieces.items()}
-        )
+        pieces = choose(weights.path, _open_all(weights, stack), shapes, rename=rename, ignored=ignored)
+        headers = {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in pieces.items()}
+        check_fit(weights.path, shapes, headers)
         tensors = {name: pieces[name][:].view(shape) for name, shape in shapes.items()}
     check_finite(weights.path, tensors)
     return tensors
+
+
+def choose(
+    path: Path,
+    pieces: Mapping[str, Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rename: Callable[[str], str] | None = None,
+    ignored: tuple[str, ...] = (),
+) -> dict[str, Piece]:
+    """What a file holds, by the network's names and without what is ignored; see `read_tensors`."""
+    chosen: dict[str, Piece] = {}
+    for name, piece in pieces.items():
+        ours = name if rename is None else rename(name)
+        if ours in chosen:
+            raise BundleError(f"{path} holds {printable(ours)} under two names")
+        if ours in shapes or not ours.startswith(ignored):
+            chosen[ours] = piece
+    return chosen
+
+
+def check_fit(path: Path, shapes: Mapping[str, tuple], found: Mapping[str, tuple[tuple, str]]) -> None:
+    """`check_tensors`, where a matrix may also be a 1 x 1 convolution."""
+
+    def flat(name: str, shape: tuple) -> tuple:
+        expected = shapes.get(name, ())
+        return expected if len(expected) == 2 and shape == (*expected, 1, 1) else shape
+
+    check_tensors(path, shapes, {name: (flat(name, shape), dtype) for name, (shape, dtype) in found.items()})
 
 
 def _from_index(path: Path, root: Path) -> Weights:
@@ -173,10 +197,3 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is truncated or no safetensors file: {first_line(error)}") from error
-
-
-def _described(piece: Any, expected: tuple[int, ...] | None) -> tuple[tuple[int, ...], str]:
-    shape = tuple(piece.get_shape())
-    if expected is not None and len(expected) == 2 and shape == (*expected, 1, 1):
-        shape = expected
-    return shape, piece.get_dtype()

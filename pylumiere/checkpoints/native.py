@@ -96,9 +96,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     for path in sorted(folder.glob("*.safetensors")):
         if path.stem not in config.networks:
             raise BundleError(f"{path} is there, but config.json has no {path.stem} stage")
-    weights = {
-        name: read_weights(folder / f"{name}.safetensors", network) for name, network in config.networks.items()
-    }
+    weights = {name: read_weights(folder / f"{name}.safetensors", network) for name, network in config.networks.items()}
     return Checkpoint(folder, config, weights)
 
 

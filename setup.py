@@ -69,6 +69,7 @@ setup(
     package_dir={name: folder for name, folder in MAPPED.items() if name in PACKAGES},
     package_data={
         "pylumiere": ["demo/*", "demo/**/*", "py.typed"],
+        "pylumiere.checkpoints": ["layouts/*"],
         "pylumiere.kernels": ["csrc/*"],
         "pylumiere.serve": ["page/*"],
     },

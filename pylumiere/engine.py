@@ -23,7 +23,7 @@ import torch
 
 import pylumiere
 from pylumiere.backends import Choice
-from pylumiere.checkpoints.adapters import Style, StyleChoice, find_style, read_style, style_names
+from pylumiere.checkpoints.adapters import AdapterChoice, Style, find_style, read_style, style_names
 from pylumiere.config import ModelConfig
 from pylumiere.diffusion.plan import DecoderPlan, Plan, StagePlan, plan_request, plan_upscaling, size_step
 from pylumiere.diffusion.stages import Feed, Pipeline
@@ -428,7 +428,7 @@ class Engine:
         """Names of the styles that the model brings; none where the backend cannot change weights."""
         return style_names(self._folder) if getattr(self._backend, "takes_styles", False) else []
 
-    def _style(self, source: str, strength: float) -> StyleChoice:
+    def _style(self, source: str, strength: float) -> AdapterChoice:
         """A style, read once as long as its file stays the same."""
         if not getattr(self._backend, "takes_styles", False):
             raise InvalidRequest(
@@ -444,7 +444,7 @@ class Engine:
             if len(self._read_styles) >= MAX_STYLES:
                 self._read_styles.clear()
             self._read_styles[key] = style
-        return StyleChoice(style, strength)
+        return AdapterChoice(((style, strength),))
 
     def _submit(self, request: GenerationRequest, timeout: float | None, buffer_frames: int | None) -> Job:
         order, metadata = self._ordered(request)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.cpu_ops import CpuOps
-from pylumiere.checkpoints.adapters import StyleChoice, fingerprint
+from pylumiere.checkpoints.adapters import AdapterChoice, fingerprint
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import DECODER
 from pylumiere.networks.families import AnyConfig, build_network
@@ -51,7 +51,7 @@ class TorchBackend:
         on_cpu = self.device.type == "cpu"
         self.packed_bytes = sum(tensor.nbytes for tensor in tensors if tensor.ndim > 1) if on_cpu else 0
         self.fingerprint = fingerprint(checkpoint.weights[self._first])
-        self._styled: OrderedDict[StyleChoice, nn.Module] = OrderedDict()
+        self._styled: OrderedDict[AdapterChoice, nn.Module] = OrderedDict()
         self._lock = threading.Lock()
 
     def _ops(self) -> PlainOps:
@@ -64,14 +64,14 @@ class TorchBackend:
         network.ops = self._ops()
         return network
 
-    def _styled_network(self, choice: StyleChoice) -> nn.Module:
+    def _styled_network(self, choice: AdapterChoice) -> nn.Module:
         """The first network with a style's weights; it shares all weights that the style does not change."""
         with self._lock:
             network = self._styled.get(choice)
             if network is None:
                 plain = self._networks[self._first]
                 weights = plain.state_dict()
-                mixed = choice.style.weights(weights, choice.strength)
+                mixed = choice.weights(weights)
                 network = build_network(plain.config, weights | {n: channels_last(w) for n, w in mixed.items()})
                 network.ops = plain.ops
                 self._styled[choice] = network
@@ -91,7 +91,7 @@ class TorchBackend:
         noise_level: Tensor | None = None,
         *,
         num_threads: int | None = None,
-        style: StyleChoice | None = None,
+        style: AdapterChoice | None = None,
     ) -> Tensor:
         """One network call.
 

@@ -1,4 +1,6 @@
-"""Styles: other weights for the base network's image path, mixed with its own by a strength.
+"""Adapters: other weights for a network, made from its own by a strength. Here: styles; LoRA is in `lora`.
+
+A style changes the base network's image path:
 
     W = a * W_style + (1 - a) * W_orig        on spatial weights; temporal weights stay as they are
 
@@ -16,7 +18,8 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,54 +28,83 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pylumiere.checkpoints.files import DTYPES, described, header_length, printable
 from pylumiere.config import NetworkConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.families import expected_shapes, family_of
 
 FOLDER = "styles"  # of a model folder
-_DTYPES = ("F32", "F16", "BF16")
 _MAX_HEADER = 2**20
 
 
 @dataclass(frozen=True)
-class Style:
-    """A style in memory. Equal styles have equal files.
+class Adapter(ABC):
+    """Other weights for a network, read from a file. Equal adapters have equal files.
 
     Attributes:
         name: the file's, without its ending.
         digest: SHA-256 of the file.
-        tensors: as in the file.
     """
 
     name: str = field(compare=False)
     digest: str
-    tensors: Mapping[str, Tensor] = field(compare=False, repr=False)
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the changed weights."""
+
+    @abstractmethod
+    def change(self, name: str, weight: Tensor, strength: float) -> Tensor:
+        """One of these weights at a strength. Float32 in and out, on the device of `weight`."""
 
     def weights(self, original: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
         """The changed weights at a strength, in the dtype and on the device of the original ones. 0 gives those."""
-        mixed = {}
-        for name in self.names:
-            weight = original[name]
-            if name in self.tensors:
-                styled = self.tensors[name].to(weight.device, torch.float32)
-            else:
-                up, down = (self.tensors[f"{name}.{part}"].to(weight.device, torch.float32) for part in ("up", "down"))
-                styled = weight.float() + (up @ down).view(weight.shape)
-            mixed[name] = (strength * styled + (1 - strength) * weight.float()).to(weight.dtype)
-        return mixed
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the changed weights."""
-        return sorted({re.sub(r"\.(up|down)$", "", name) if _is_factor(name) else name for name in self.tensors})
+        return AdapterChoice(((self, strength),)).weights(original)
 
 
 @dataclass(frozen=True)
-class StyleChoice:
-    """A style and its strength: what a network's weights depend on."""
+class AdapterChoice:
+    """Adapters and their strengths, in the order in which they change the weights: what these depend on."""
 
-    style: Style
-    strength: float
+    adapters: tuple[tuple[Adapter, float], ...]
+
+    def weights(self, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The changed weights in the dtype and on the device of the original ones; each is rounded once, at the end."""
+        users: dict[str, list[tuple[Adapter, float]]] = {}
+        for adapter, strength in self.adapters:
+            for name in adapter.names:
+                users.setdefault(name, []).append((adapter, strength))
+        changed = {}
+        for name, adapters in users.items():
+            weight = original[name].float()
+            for adapter, strength in adapters:
+                weight = adapter.change(name, weight, strength)
+            changed[name] = weight.to(original[name].dtype)
+        return changed
+
+
+@dataclass(frozen=True)
+class Style(Adapter):
+    """A style in memory.
+
+    Attributes:
+        tensors: as in the file.
+    """
+
+    tensors: Mapping[str, Tensor] = field(compare=False, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({re.sub(r"\.(up|down)$", "", name) if _is_factor(name) else name for name in self.tensors})
+
+    def change(self, name: str, weight: Tensor, strength: float) -> Tensor:
+        if name in self.tensors:
+            styled = self.tensors[name].to(weight.device, torch.float32)
+        else:
+            up, down = (self.tensors[f"{name}.{part}"].to(weight.device, torch.float32) for part in ("up", "down"))
+            styled = weight + (up @ down).view(weight.shape)
+        return strength * styled + (1 - strength) * weight
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -118,33 +150,70 @@ def read_style(path: str | os.PathLike, config: NetworkConfig, model: str | None
     """
     path = Path(path)
     shapes, is_temporal = _network(config)
-    values = sum(torch.Size(shape).numel() for shape in shapes.values())
 
     def refuse(text: str) -> InvalidRequest:
         return InvalidRequest(f"style={str(path)!r} {text}")
 
+    def choose(found: Mapping[str, tuple]) -> list[str]:
+        _check(found, shapes, is_temporal, refuse)
+        return list(found)
+
+    file = read_adapter_file(path, "style", shapes, choose, refuse, max_header=_MAX_HEADER)
+    made_for = file.metadata.get("model")
+    if model is not None and made_for is not None and made_for != model:
+        raise refuse("was made for another model: its weights are of the same shape, but not those it was trained on")
+    return Style(path.stem, file.digest, file.tensors)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What was read of an adapter's file."""
+
+    digest: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+
+def read_adapter_file(
+    path: Path,
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    choose: Callable[[Mapping[str, tuple[tuple[int, ...], str]]], Iterable[str]],
+    refuse: Callable[[str], InvalidRequest],
+    *,
+    max_header: int,
+) -> AdapterFile:
+    """Reads tensors of a safetensors file that holds no more than a network does.
+
+    Args:
+        kind: what the file is, for the text of errors.
+        shapes: of all the network's tensors.
+        choose: from shapes and dtypes by name, as in the header, the names of the tensors to read; refuses others.
+        refuse: the error of a text.
+        max_header: bytes.
+    """
+    limit = 4 * sum(torch.Size(shape).numel() for shape in shapes.values()) + max_header
     try:
         size = path.stat().st_size
-        if size > 4 * values + _MAX_HEADER:
-            raise refuse(f"has {size} bytes; a style of this model has at most {4 * values + _MAX_HEADER}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if size > limit:
+            raise refuse(f"has {size} bytes; a {kind} of this model has at most {limit}")
+        if max_header < (length := header_length(path)) < size:
+            raise refuse(f"says that its header has {length} bytes; at most {max_header} are read")
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-            _check(found, shapes, is_temporal, refuse)
-            tensors = {name: file.get_tensor(name) for name in found}
+            chosen = choose({name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()})
+            tensors = {name: file.get_tensor(name) for name in chosen}
+            metadata = file.metadata() or {}
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise refuse("is truncated or no safetensors file") from error
-    made_for = metadata.get("model")
-    if model is not None and made_for is not None and made_for != model:
-        raise refuse("was made for another model: its weights are of the same shape, but not those it was trained on")
     spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if spoiled:
-        raise refuse(f"holds NaN or infinity in {spoiled[0]}")
-    return Style(path.stem, digest, tensors)
+        raise refuse(f"holds NaN or infinity in {printable(spoiled[0])}")
+    return AdapterFile(digest, metadata, tensors)
 
 
 def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: NetworkConfig, model: str) -> None:
@@ -154,9 +223,7 @@ def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: N
         InvalidRequest: `read_style` would refuse it.
     """
     path = Path(path)
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    found = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
-    _check(found, *_network(config), lambda text: InvalidRequest(f"style={str(path)!r} {text}"))
+    _check(described(tensors), *_network(config), lambda text: InvalidRequest(f"style={str(path)!r} {text}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -183,8 +250,8 @@ def _check(found: Mapping[str, tuple], shapes: Mapping[str, tuple], is_temporal,
             raise refuse(f"was made for another model: this one has no weight {weight[:80]!r}")
         if is_temporal(weight):
             raise refuse(f"changes the temporal weight {weight!r}; only spatial weights can be styled")
-        if dtype not in _DTYPES:
-            raise refuse(f"holds {name!r} as {dtype}; allowed are {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise refuse(f"holds {name!r} as {dtype}; allowed are {', '.join(DTYPES)}")
         if not _is_factor(name):
             if shape != shapes[name]:
                 raise refuse(f"was made for another model: {name} is {list(shape)}, here {list(shapes[name])}")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
+from pylumiere.checkpoints.files import (
+    HEADER_BYTES_PER_TENSOR,
+    MAX_BYTES_PER_VALUE,
+    check_finite,
+    check_size,
+    check_tensors,
+    described,
+    first_line,
+    replace_file,
+)
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError
 from pylumiere.networks.families import AnyConfig, expected_shapes
@@ -26,10 +35,6 @@ from pylumiere.networks.text import TextEncoder, load_text_encoder
 
 MAX_CONFIG_BYTES = 2**20
 SHIPPED = ("demo",)
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_BYTES_PER_VALUE = 4
-_HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape, offsets; ours take about 120
 
 
 @dataclass(frozen=True)
@@ -91,20 +96,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     for path in sorted(folder.glob("*.safetensors")):
         if path.stem not in config.networks:
             raise BundleError(f"{path} is there, but config.json has no {path.stem} stage")
-    weights = {
-        name: read_weights(folder / f"{name}.safetensors", network) for name, network in config.networks.items()
-    }
+    weights = {name: read_weights(folder / f"{name}.safetensors", network) for name, network in config.networks.items()}
     return Checkpoint(folder, config, weights)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Raises BundleError for a config.json that is missing, larger than 1 MiB, no JSON, or refused by ModelConfig."""
     path = folder / "config.json"
-    _check_size(path, MAX_CONFIG_BYTES)
+    check_size(path, MAX_CONFIG_BYTES)
     try:
         return ModelConfig.from_dict(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise BundleError(f"{path}: {_first_line(error)}") from error
+        raise BundleError(f"{path}: {first_line(error)}") from error
 
 
 def read_weights(path: Path, config: AnyConfig, data: bytes | None = None) -> dict[str, torch.Tensor]:
@@ -117,9 +120,9 @@ def read_weights(path: Path, config: AnyConfig, data: bytes | None = None) -> di
     """
     shapes = expected_shapes(config)
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
-    limit = values * _MAX_BYTES_PER_VALUE + (len(shapes) + 1) * _HEADER_BYTES_PER_TENSOR
+    limit = values * MAX_BYTES_PER_VALUE + (len(shapes) + 1) * HEADER_BYTES_PER_TENSOR
     if data is None:
-        _check_size(path, limit)
+        check_size(path, limit)
         tensors = _read_file(path, shapes)
     else:
         if len(data) > limit:
@@ -127,13 +130,9 @@ def read_weights(path: Path, config: AnyConfig, data: bytes | None = None) -> di
         try:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from None
-        names = {value: name for name, value in _DTYPES.items()}
-        found = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
-        _check_tensors(path, shapes, found)
-    spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if spoiled:
-        raise BundleError(f"{path}: NaN or infinity in {_first_few(spoiled)}")
+            raise BundleError(f"{path} is truncated or no safetensors file: {first_line(error)}") from None
+        check_tensors(path, shapes, described(tensors))
+    check_finite(path, tensors)
     return tensors
 
 
@@ -141,10 +140,10 @@ def _read_file(path: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            _check_tensors(path, shapes, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()})
+            check_tensors(path, shapes, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()})
             return {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from error
+        raise BundleError(f"{path} is truncated or no safetensors file: {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -173,63 +172,11 @@ def save_checkpoint(
     checked = {}
     for stage, network in config.networks.items():
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights[stage].items()}
-        names = {value: name for name, value in _DTYPES.items()}
-        found = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
-        _check_tensors(Path(f"{stage} weights"), expected_shapes(network), found)
-        spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if spoiled:
-            raise BundleError(f"{stage} weights: NaN or infinity in {_first_few(spoiled)}")
+        check_tensors(Path(f"{stage} weights"), expected_shapes(network), described(tensors))
+        check_finite(f"{stage} weights", tensors)
         checked[f"{stage}.safetensors"] = tensors
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in checked.items():
-        _replace(folder / name, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))
+        replace_file(folder / name, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))
     text = json.dumps(config.to_dict(), indent=1) + "\n"
-    _replace(folder / "config.json", lambda path: Path(path).write_text(text))
-
-
-def _check_size(path: Path, limit: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    if not path.is_file():
-        raise BundleError(f"{path} is not a file")
-    if size > limit:
-        raise BundleError(f"{path} has {size} bytes; at most {limit} are expected")
-
-
-def _check_tensors(path: Path, shapes: dict[str, tuple], found: dict[str, tuple[tuple, str]]) -> None:
-    problems = []
-    if missing := [name for name in shapes if name not in found]:
-        problems.append(f"missing {_first_few(missing)}")
-    if extra := [name for name in found if name not in shapes]:
-        problems.append(f"unexpected {_first_few(extra)}")
-    both = [name for name in shapes if name in found]
-    if wrong := [f"{n} {list(found[n][0])} (expected {list(shapes[n])})" for n in both if found[n][0] != shapes[n]]:
-        problems.append(f"wrong shape {_first_few(wrong)}")
-    if wrong := [f"{n} {found[n][1]}" for n in both if found[n][1] not in _DTYPES]:
-        problems.append(f"wrong dtype {_first_few(wrong)} (allowed: {', '.join(_DTYPES)})")
-    if problems:
-        raise BundleError(f"{path} does not fit the model: {'; '.join(problems)}")
-
-
-def _first_few(items: Iterable[str], count: int = 3) -> str:
-    items = list(items)
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _replace(path: Path, write) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_file(folder / "config.json", lambda path: Path(path).write_text(text))

@@ -20,6 +20,7 @@ from pylumiere.cli.bench import bench_e2e, bench_model, bench_ops, bench_plan
 from pylumiere.cli.bundles import export_model, inspect_bundle, make_keys, verify_bundle
 from pylumiere.cli.doctor import doctor
 from pylumiere.cli.generate import generate, upscale
+from pylumiere.cli.importing import import_source
 from pylumiere.cli.serve import serve, serve_key
 from pylumiere.errors import USER_ERRORS
 
@@ -74,6 +75,7 @@ for _name, _verb in {
     "doctor": doctor,
     "serve": serve,
     "serve-key": serve_key,
+    "import": import_source,
     "export": export_model,
     "inspect": inspect_bundle,
     "verify": verify_bundle,

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pylumiere.checkpoints.adapters import StyleChoice
+from pylumiere.checkpoints.adapters import AdapterChoice
 from pylumiere.config import DECODER, DecoderConfig, DecodingConfig, ModelConfig, NetworkConfig, StageConfig
 from pylumiere.diffusion.samplers import SamplerTable, table_for
 from pylumiere.diffusion.tasks import Task, make_task
@@ -57,7 +57,7 @@ class StagePlan:
     clip: float | None
     threshold: float
     augmentation: float = 0.0
-    style: StyleChoice | None = None
+    style: AdapterChoice | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -154,7 +154,7 @@ class Plan:
         last = replace(last, windows=WindowPlan(self.num_frames, frames, 0))
         return replace(self, stages=(*self.stages[:-1], last))
 
-    def styled(self, style: StyleChoice) -> Plan:
+    def styled(self, style: AdapterChoice) -> Plan:
         """The same plan with a style's weights in the first stage."""
         return replace(self, stages=(replace(self.first, style=style), *self.stages[1:]))
 

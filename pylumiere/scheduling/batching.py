@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pylumiere.checkpoints.adapters import StyleChoice
+from pylumiere.checkpoints.adapters import AdapterChoice
 from pylumiere.config import NetworkConfig
 from pylumiere.diffusion.plan import DecoderPlan, StagePlan
 from pylumiere.diffusion.stages import StageRun
@@ -50,7 +50,7 @@ class CallShape:
     width: int
     guided: bool
     owner: int = 0  # of a clip that shares with nobody, because its input may be late; 0: shared; -1: to be lent
-    style: StyleChoice | None = None  # weights
+    style: AdapterChoice | None = None  # weights
 
 
 def call_shape(stage: StagePlan | DecoderPlan, owner: int = 0) -> CallShape:

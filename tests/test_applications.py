@@ -17,7 +17,7 @@ from pylumiere.errors import Cancelled, InvalidRequest
 from pylumiere.networks.stunet.presets import model_preset
 
 CONFIG = model_preset("tiny")  # 8 frames of 32 x 32, a base of 16 x 16
-NETWORK = CONFIG.base.network
+NETWORK = CONFIG.first.network
 CLIP = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 REGION = np.zeros((32, 32), bool)
 REGION[8:24, 8:24] = True
@@ -26,7 +26,7 @@ REGION[8:24, 8:24] = True
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = write_random_model(tmp_path_factory.mktemp("model"))
-    model = fingerprint(load_checkpoint(folder).base)
+    model = fingerprint(load_checkpoint(folder).weights["base"])
     for name, seed in (("one", 5), ("two", 6)):
         tensors = {"conv_out.weight": random_weights(NETWORK, seed)["conv_out.weight"]}
         save_style(folder / "styles" / f"{name}.safetensors", tensors, NETWORK, model)
@@ -70,7 +70,8 @@ def test_outpainting_and_bars(engine):
 
 def test_given_frames_are_exact_in_the_bases_clip(folder):
     """A model without super-resolution shows the base's frames: the given one is there to the rounding."""
-    alone = Checkpoint(folder, dataclasses.replace(CONFIG, ssr=None), load_checkpoint(folder).base, None)
+    config, weights = dataclasses.replace(CONFIG, stages=CONFIG.stages[:1]), load_checkpoint(folder).weights
+    alone = Checkpoint(folder, config, {"base": weights["base"]})
     with Engine(alone, choose("torch", "cpu", "fp32")) as engine:
         picture, last = CLIP[:2, :16, :16]
         result = engine.generate("x", seed=1, image=picture, keyframes={-1: last}).frames

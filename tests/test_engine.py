@@ -433,9 +433,9 @@ def test_a_video_that_breaks_midway_keeps_what_was_delivered(engine, end):
 
 
 def test_model_without_ssr(tmp_path):
-    config = dataclasses.replace(CONFIG, ssr=None)
+    config = dataclasses.replace(CONFIG, stages=CONFIG.stages[:1])
     engine = Engine.load(write_random_model(tmp_path, config))
-    assert engine.scale == 1 and engine.info()["defaults"]["ssr"] is None
+    assert engine.scale == 1 and list(engine.info()["stages"]) == ["base"] and engine.info()["decoder"] is None
     assert engine.generate("x", seed=1).frames.shape == (8, 16, 16, 3)
     with pytest.raises(InvalidRequest, match="has no super-resolution stage"):
         engine.upscale(LOW)

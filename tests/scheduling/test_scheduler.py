@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.testing import write_random_model
+from support.testing import with_stage, write_random_model
 
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
@@ -29,7 +28,7 @@ from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.memory import Budget, CallBytes, Need, parse_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +42,7 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = dataclasses.replace(model_preset("tiny"), augmentation=0.15)
+    config = with_stage(model_preset("tiny"), "ssr", augmentation=0.15)
     return write_random_model(tmp_path_factory.mktemp("model"), config)
 
 

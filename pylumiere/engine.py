@@ -23,14 +23,24 @@ import torch
 
 import pylumiere
 from pylumiere.backends import Choice
-from pylumiere.checkpoints.adapters import AdapterChoice, Style, find_style, read_style, style_names
+from pylumiere.checkpoints.adapters import Adapter, AdapterChoice, find_style, read_style, style_names
+from pylumiere.checkpoints.lora import find_lora, read_lora
 from pylumiere.config import ModelConfig
-from pylumiere.diffusion.plan import DecoderPlan, Plan, StagePlan, plan_request, plan_upscaling, size_step
+from pylumiere.diffusion.plan import (
+    DecoderPlan,
+    Plan,
+    StagePlan,
+    num_frames_of,
+    plan_request,
+    plan_upscaling,
+    size_step,
+)
 from pylumiere.diffusion.stages import Feed, Pipeline
 from pylumiere.diffusion.windows import memory_bytes
 from pylumiere.errors import InvalidRequest
 from pylumiere.loading import load_model, make_backend
 from pylumiere.media.video import Video
+from pylumiere.networks.families import expected_shapes
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
 from pylumiere.scheduling.batching import call_shape
 from pylumiere.scheduling.jobs import Chunk, Job, Order, Stream
@@ -56,7 +66,7 @@ __all__ = ["Chunk", "Engine", "Job", "Stream"]
 logger = logging.getLogger("pylumiere")
 
 OutputType = Literal["uint8", "float"]
-MAX_STYLES = 16  # in memory
+MAX_ADAPTERS = 16  # in memory
 
 
 class Engine:
@@ -89,7 +99,7 @@ class Engine:
         self._folder = checkpoint.folder
         self._parameters, self._facts = checkpoint.parameters, checkpoint.facts
         self._backend = make_backend(checkpoint, choice)
-        self._read_styles: dict[tuple, Style] = {}
+        self._read_adapters: dict[tuple, Adapter] = {}
         self._pipeline = Pipeline(self.config, self._backend, checkpoint.text_encoder())
         # On a CPU two lanes, each with half of the threads. A row is a part of its own, so that a call's shape is
         # fixed; without `reproducible` a lane takes its share of the rows at once. On a GPU one lane copies while the
@@ -123,18 +133,22 @@ class Engine:
         memory_budget: int | str | None = None,
         reproducible: bool | None = None,
         trusted_key: Any = None,
+        temporal_shift: Any = None,
         **limits: int | None,
     ) -> Engine:
         """Loads a model.
 
         Args:
-            source: a shipped name ("demo"), a model folder, or a bundle (name.plm), which is verified first.
+            source: a shipped name ("demo"), a model folder, a folder as diffusers saves it, or a bundle (name.plm),
+                which is verified first.
             backend, device, precision: what to run on; "auto" chooses, and `info()["reason"]` says why.
             memory_budget: most bytes, or a text like "4GiB", for weights and all requests that run; on a CPU for the
                 whole process. None is no limit.
             reproducible: same seed, same bytes, however the work is batched: networks are called with one fixed shape.
                 None: on for the CPU.
             trusted_key: an Ed25519 public key or its PEM file; a bundle without its signature is refused.
+            temporal_shift: for a folder as diffusers saves it: 8, or {"div": 8, "direction": "both", "pad": "zero"}:
+                its picture network becomes one for clips. None: what the folder says.
             limits: `max_batch`, windows of one network call (None: what suits the device); `max_running` (8), requests
                 that are worked on at once; `max_queue` (1000), requests that wait.
 
@@ -144,7 +158,7 @@ class Engine:
             BudgetExceeded: the weights alone do not fit.
         """
         budget = parse_bytes(memory_budget)
-        model, choice = load_model(source, backend, device, precision, trusted_key)
+        model, choice = load_model(source, backend, device, precision, trusted_key, temporal_shift)
         engine = cls(model, choice, budget, reproducible, **limits)
         logger.info("loaded %s: %s on %s in %s (%s)", engine.config.name, choice.backend, choice.device,
                     choice.precision, choice.reason)  # fmt: skip
@@ -402,14 +416,15 @@ class Engine:
         plan = plan_request(request, self.config)
         if self._choice.device.type == "cpu":
             plan = plan.grouped(self._lanes)  # a lane decodes one frame at a time; more would only leave later
-        if plan.task.style is not None:
-            plan = plan.styled(self._style(*plan.task.style))
+        if (adapters := self._adapters(plan)) is not None:
+            plan = plan.styled(adapters)
         metadata = {
             "model": self.config.name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
             "width": plan.width, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale, "application": plan.task.name, "style": plan.task.style and
-            plan.task.style[0], "loop": request.loop, "output_type": request.output_type, **self._choice_facts(),
+            plan.task.style[0], "lora": request.lora and [list(entry) for entry in request.lora], "loop": request.loop,
+            "output_type": request.output_type, **self._choice_facts(),
             "seconds": {},
         }  # fmt: skip
         return self._fitting(plan, request), metadata
@@ -424,27 +439,43 @@ class Engine:
                 return order
             plan = smaller
 
+    def num_frames(self, request: GenerationRequest) -> int:
+        """How many frames a request makes with this model. Raises InvalidRequest for numbers that do not agree."""
+        return num_frames_of(request, self.config)
+
     def styles(self) -> list[str]:
         """Names of the styles that the model brings; none where the backend cannot change weights."""
         return style_names(self._folder) if getattr(self._backend, "takes_styles", False) else []
 
-    def _style(self, source: str, strength: float) -> AdapterChoice:
-        """A style, read once as long as its file stays the same."""
+    def _adapters(self, plan: Plan) -> AdapterChoice | None:
+        """Other weights for the first stage: the request's style, then its LoRA files."""
+        named = [("style", plan.task.style)] if plan.task.style is not None else []
+        named += [("lora", lora) for lora in plan.request.lora or ()]
+        if not named:
+            return None
+        return AdapterChoice(tuple((self._adapter(kind, source), strength) for kind, (source, strength) in named))
+
+    def _adapter(self, kind: str, source: str) -> Adapter:
+        """A style or a LoRA file, read once as long as it stays the same."""
         if not getattr(self._backend, "takes_styles", False):
             raise InvalidRequest(
-                f"style={source!r}: the {self._choice.backend} backend holds a graph with its weights inside; "
+                f"{kind}={source!r}: the {self._choice.backend} backend holds a graph with its weights inside; "
                 "load the model with backend='torch'"
             )
-        path = find_style(source, self._folder)
+        network = self.config.first.network
+        path = find_style(source, self._folder) if kind == "style" else find_lora(source)
         stat = path.stat()
-        key = (path, stat.st_mtime_ns, stat.st_size)
-        style = self._read_styles.get(key)
-        if style is None:
-            style = read_style(path, self.config.first.network, self._backend.fingerprint)
-            if len(self._read_styles) >= MAX_STYLES:
-                self._read_styles.clear()
-            self._read_styles[key] = style
-        return AdapterChoice(((style, strength),))
+        key = (kind, path, stat.st_mtime_ns, stat.st_size)
+        adapter = self._read_adapters.get(key)
+        if adapter is None:
+            if kind == "style":
+                adapter = read_style(path, network, self._backend.fingerprint)
+            else:
+                adapter = read_lora(path, expected_shapes(network))
+            if len(self._read_adapters) >= MAX_ADAPTERS:
+                self._read_adapters.clear()
+            self._read_adapters[key] = adapter
+        return adapter
 
     def _submit(self, request: GenerationRequest, timeout: float | None, buffer_frames: int | None) -> Job:
         order, metadata = self._ordered(request)

@@ -1,4 +1,4 @@
-"""From a source to what runs: a shipped name, a model folder, or a bundle.
+"""From a source to what runs: a shipped name, a model folder, a folder as diffusers saves it, or a bundle.
 
 Nothing of a network's definition is imported for a bundle whose artefacts run it.
 """
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pylumiere.backends.artefacts import Selection, choose_from_bundle
 from pylumiere.backends.choice import Choice, choose
 from pylumiere.checkpoints.bundle import Bundle, is_bundle, open_bundle
+from pylumiere.checkpoints.diffusers import DiffusersFolder, is_diffusers_folder, read_diffusers_folder
 from pylumiere.checkpoints.native import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
-from pylumiere.errors import BundleError
+from pylumiere.config import TemporalShiftConfig
+from pylumiere.errors import BundleError, InvalidRequest
 from pylumiere.networks.text import HashEncoder, MiniLMEncoder, TextEncoder
 
 if TYPE_CHECKING:
@@ -84,24 +86,37 @@ class BundleModel:
         )
 
 
+Model = Checkpoint | DiffusersFolder | BundleModel
+
+
 def load_model(
     source: str | PathLike,
     backend: str = "auto",
     device: str = "auto",
     precision: str = "auto",
     trusted_key: Any = None,
-) -> tuple[Checkpoint | BundleModel, Choice]:
+    temporal_shift: Any = None,
+) -> tuple[Model, Choice]:
     """Finds a model, checks it, and chooses what runs it.
 
     Args:
-        source: a shipped name, a model folder or a bundle.
+        source: a shipped name, a model folder, a folder as diffusers saves it, or a bundle.
         backend, device, precision: "auto" or a wish; see `choice.choose`.
         trusted_key: an Ed25519 public key, or its PEM file; a source that does not carry its signature is refused.
+        temporal_shift: for a folder as diffusers saves it: see `shift_config`.
 
     Raises:
+        InvalidRequest: a temporal shift that is none, or for a model that has its own.
         BundleError: the model cannot be read, or (IntegrityError) is not what it should be.
         UnsupportedDevice: what was asked for cannot run here.
     """
+    shift = shift_config(temporal_shift)
+    if str(source) not in SHIPPED and is_diffusers_folder(source) and trusted_key is None:
+        folder = read_diffusers_folder(source, temporal_shift=shift)
+        return folder, choose(backend, device, precision)
+    if shift is not None:
+        raise InvalidRequest(f"temporal_shift: model {str(source)!r} is no folder with a model_index.json, and only "
+                             "those can be given one")  # fmt: skip
     if str(source) not in SHIPPED and is_bundle(source):
         bundle = open_bundle(source, trusted_key)
         choice, selection = choose_from_bundle(bundle.manifest, backend, device, precision)
@@ -112,7 +127,24 @@ def load_model(
     return load_checkpoint(find_model(source)), choice
 
 
-def make_backend(model: Checkpoint | BundleModel, choice: Choice) -> TorchBackend:
+def shift_config(value: Any) -> TemporalShiftConfig | None:
+    """A temporal shift from what a caller gives: None, the number by which channels are divided (8 shifts an eighth
+    each way), or an object such as {"div": 8, "direction": "both", "pad": "zero"}.
+
+    Raises:
+        InvalidRequest: anything else.
+    """
+    if value is None or isinstance(value, TemporalShiftConfig):
+        return value
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, dict)):
+            raise ValueError(f"should be a number such as 8, or an object, not {type(value).__name__}")
+        return TemporalShiftConfig.from_dict(value if isinstance(value, dict) else {"div": value})
+    except ValueError as error:
+        raise InvalidRequest(f"temporal_shift: {error}") from None
+
+
+def make_backend(model: Model, choice: Choice) -> TorchBackend:
     """What runs a model's networks: a TorchBackend, or something with the same methods."""
     if choice.backend == "onnxruntime":
         from pylumiere.backends.onnxruntime import OnnxRuntimeBackend
@@ -122,7 +154,7 @@ def make_backend(model: Checkpoint | BundleModel, choice: Choice) -> TorchBacken
         from pylumiere.backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(model.bundle, model.selection.artefacts, choice)
-    checkpoint = model.checkpoint() if isinstance(model, BundleModel) else model
+    checkpoint = model if isinstance(model, Checkpoint) else model.checkpoint()
     if choice.backend == "triton":
         from pylumiere.backends.triton import TritonBackend
 

@@ -31,6 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from pylumiere.checkpoints.files import check_inside, check_size, first_few, first_line, printable, read_json
+from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.checkpoints.scheduler_config import schedule_from_diffusers
 from pylumiere.checkpoints.shards import read_tensors
 from pylumiere.config import (
@@ -141,6 +142,15 @@ class DiffusersFolder:
     def parameters(self) -> int:
         """Values in all networks."""
         return sum(math.prod(shape) for shapes in self.shapes.values() for shape in shapes.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For `Engine.info`; a bundle has more to say."""
+        return {}
+
+    def checkpoint(self) -> Checkpoint:
+        """The networks' weights, for PyTorch and our kernels."""
+        return Checkpoint(self.folder, self.config, self.weights())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """State dicts in the dtype of the files, by the name of the network: "unet" and "decoder".

@@ -72,6 +72,14 @@ class Lora(Adapter):
         return torch.addmm(weight.flatten(1), up, down, alpha=strength * factors.scale).view(weight.shape)
 
 
+def find_lora(source: str | os.PathLike) -> Path:
+    """Raises InvalidRequest for a path that is no file."""
+    path = Path(source)
+    if not path.is_file():
+        raise InvalidRequest(f"lora={str(source)!r}: no such file")
+    return path
+
+
 def read_lora(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     """Reads and checks a LoRA for a network. What a file holds for text encoders is left out, with a warning.
 

@@ -14,7 +14,13 @@ from pylumiere.cli.console import Bars, absolute
 from pylumiere.cli.options import Backend, Device, Json, Key, Model, Overlap, Precision, Window, parse_size
 from pylumiere.errors import InvalidRequest
 
-Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
+DEFAULT_OUTPUT = "clip.mp4"
+FORMATS_HELP = ".mp4, .webm, .gif, .png (one frame), a PNG folder, or - (mp4 to stdout)"
+Output = Annotated[str, typer.Option("-o", "--output", help=f"{FORMATS_HELP}.")]
+OptionalOutput = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help=f"{FORMATS_HELP}; clip.mp4, or clip.png for one frame.", show_default=False),
+]
 Sheet = Annotated[str | None, typer.Option(help="Also write a contact sheet, a PNG of every 8th frame.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bytes; drawn at random if not given.")]
 
@@ -23,7 +29,7 @@ _MAX_TILES = 200  # of a streamed clip's contact sheet
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
-    output: Output = "clip.mp4",
+    output: OptionalOutput = None,
     model: Model = "demo",
     backend: Backend = "auto",
     device: Device = "auto",
@@ -50,6 +56,13 @@ def generate(
     strength: Annotated[float, typer.Option(help="With --video: how much of the noise schedule to run, 0 to 1.")] = 1.0,
     style: Annotated[str | None, typer.Option(help="A style of the model (demo: ink), or a style's file.")] = None,
     style_strength: Annotated[float, typer.Option(help="0 is the model as it is, 1 is the style.")] = 1.0,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:STRENGTH]...", help="LoRA files; several are applied in order.")
+    ] = None,
+    temporal_shift: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="For a picture model: a clip by shifting 1/N of the channels each way; 8."),
+    ] = None,
     loop: Annotated[bool, typer.Option("--loop", help="The last frame runs into the first.")] = False,
     window: Window = None,
     overlap: Overlap = None,
@@ -62,7 +75,7 @@ def generate(
     from pylumiere.request import GenerationRequest
 
     begun = time.monotonic()
-    _check_outputs(output, sheet)
+    _check_outputs(output or DEFAULT_OUTPUT, sheet)
     width, height = parse_size(size)
     given = request_fields(
         image=image, video=video, mask=mask, keyframes=parse_keyframes(keyframes or []), fps=fps, num_frames=frames
@@ -74,11 +87,13 @@ def generate(
             prompt=prompt, negative_prompt=negative, height=height, width=width,
             num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
             seed=secrets.randbits(32) if seed is None else seed,
-            fit=fit, strength=strength, style=style, style_strength=style_strength, loop=loop,
+            fit=fit, strength=strength, style=style, style_strength=style_strength, lora=lora or None,
+            loop=loop,
             window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback, **given,
         )  # fmt: skip
-        engine = _load(model, backend, device, precision, key)
+        engine = _load(model, backend, device, precision, key, temporal_shift)
         loaded = time.monotonic()
+        output = _picture_or_clip(output, request, engine)
         if stream:
             metadata = _write_stream(engine.stream(request), output, sheet, prompt)
         else:
@@ -130,10 +145,22 @@ def upscale(
     _report(output, sheet, metadata, seconds, as_json, True)
 
 
-def _load(model: str, backend: str, device: str, precision: str, key: str | None):
+def _load(model: str, backend: str, device: str, precision: str, key: str | None, temporal_shift: int | None = None):
     from pylumiere.engine import Engine
 
-    return Engine.load(model, backend=backend, device=device, precision=precision, trusted_key=key)
+    return Engine.load(model, backend=backend, device=device, precision=precision, trusted_key=key,
+                       temporal_shift=temporal_shift)  # fmt: skip
+
+
+def _picture_or_clip(output: str | None, request, engine) -> str:
+    """The output's name; for one frame a picture's where none was given. Refuses a picture for more frames."""
+    num_frames = engine.num_frames(request)
+    if output is None:
+        return "clip.png" if num_frames == 1 else DEFAULT_OUTPUT
+    if output.lower().endswith(".png") and num_frames != 1:
+        raise InvalidRequest(f"--output {output!r} holds one picture, and this clip has {num_frames} frames; give a "
+                             "name in .mp4, .webm, .gif, a folder, or --frames 1")  # fmt: skip
+    return output
 
 
 def _check_outputs(output: str, sheet: str | None) -> None:

@@ -178,7 +178,7 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
     first, as_latents = config.first, request.output_type == "latent"
     if as_latents and config.decoder is None:
         raise InvalidRequest(f"output_type='latent': model {config.name!r} has no decoder, its stages make pixels")
-    num_frames = _num_frames(request, first.network.num_frames)
+    num_frames = num_frames_of(request, config)
     height = _side("height", request.height, config.size[0], size_step(config))
     width = _side("width", request.width, config.size[1], size_step(config))
     seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -301,8 +301,13 @@ def _windows(
     )
 
 
-def _num_frames(request: GenerationRequest, most: int) -> int:
-    """The request's, or those of the clip or the latents, or the network's."""
+def num_frames_of(request: GenerationRequest, config: ModelConfig) -> int:
+    """The request's, or those of the clip or the latents, or the network's.
+
+    Raises:
+        InvalidRequest: numbers that do not agree.
+    """
+    most = config.first.network.num_frames
     default = next((len(given) for given in (request.video, request.latents) if given is not None), most)
     num_frames = default if request.num_frames is None else request.num_frames
     for name in ("video", "mask"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pylumiere.backends.artefacts import Machine, check_sizes, cut, imagined_machine, select
+from pylumiere.backends.artefacts import ArtefactBackend, Machine, cut, imagined_machine, select
 from pylumiere.backends.choice import choose
 from pylumiere.checkpoints.bundle import (
     Artefact,
@@ -198,10 +198,22 @@ def test_the_profile_that_fits_is_taken():
     assert chosen == {8: {0}, 16: {2}, 24: {1}}
 
 
+class Alone(ArtefactBackend):
+    """Of one artefact, which nothing runs."""
+
+    def __init__(self, artefact):
+        self._artefact = artefact
+
+    def artefact(self, stage):
+        assert stage == self._artefact.stage
+        return self._artefact
+
+
 def test_sizes_outside_of_every_profile_are_refused():
     plan = profiled({"sample": ((1, 8, 16), (2, 8, 32)), "timesteps": ((1,), (2,))})
+    backend = Alone(plan)
     with pytest.raises(InvalidRequest, match=r"8x16\.\.32; asked for 8x40"):
-        check_sizes(plan, (1, 8, 40))
-    check_sizes(plan, (99, 8, 24))
+        backend.check("base", (1, 8, 40))
+    backend.check("base", (99, 8, 24))
     with pytest.raises(BundleError, match="takes sample, timesteps; the model gives sample"):
         cut(plan, {"sample": (1, 8, 16)})

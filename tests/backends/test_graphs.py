@@ -200,15 +200,16 @@ def test_a_device_budget_counts_rings_and_no_host_memory(folder):
             request = GenerationRequest(prompt="x", **fields)
             order, _ = engine._ordered(request)
             rings = []
-            for stage in (order.plan.base, order.last):
+            for stage in order.stages:
                 bucket = engine._scheduler._bucket(call_shape(stage))
                 sampler = bucket.sampler
                 scale = stage.guidance_scale
                 handle = sampler.add_clip(stage.windows, stage.table, seed=0, guidance_scale=scale)
                 rings.append(sampler.clip_bytes(handle))
                 sampler.remove_clip(handle)
-            own = sum(rings) if order.is_chained else max(rings)
-            assert order.is_chained == (fields.get("num_frames") == 24)
+            at_once = order.is_streamed(order.stages[0])
+            own = sum(rings) if at_once else max(rings)
+            assert at_once == (fields.get("num_frames") == 24)
             assert engine._need(order, request, None).own == int(own * OWN_FACTOR)
 
 

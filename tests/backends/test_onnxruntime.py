@@ -59,7 +59,7 @@ def operands(network, rows, frames, seed=0):
 def test_both_networks_agree_with_the_eager_ones(plm):
     ours, eager = (make_backend(*load_model(plm, backend, "cpu", "fp32")) for backend in ("onnxruntime", "torch"))
     config = open_bundle(plm).config
-    for stage, network, frames in (("base", config.base.network, 8), ("ssr", config.ssr.network, 4)):
+    for stage, network, frames in zip(config.networks, config.networks.values(), (8, 4), strict=True):
         for rows in (1, 2, 5):  # five are more than the graph's largest batch
             given = operands(network, rows, frames, rows)
             expected = eager.predict(stage, *given)

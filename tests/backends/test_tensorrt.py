@@ -18,6 +18,7 @@ from pylumiere.backends.choice import Choice
 from pylumiere.backends.tensorrt import TensorRTBackend
 from pylumiere.checkpoints.bundle import Artefact, FileEntry, Library, Receipt, ShapeRange, Target, TensorSpec
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
+from pylumiere.networks.stunet.presets import model_preset
 
 CHOICE = Choice("tensorrt_rtx", torch.device("cpu"), "fp16", "test")
 MACHINE = Machine(89, "rtx4090", "rtx4090", "linux-x86_64", {"tensorrt_rtx": "1.7.1"}, {})
@@ -121,6 +122,7 @@ def fake_library(engine=None, deserialised=None):
 
 
 class FakeBundle:
+    config = model_preset("tiny")
     manifest = types.SimpleNamespace(files={"engines/a.plan": FileEntry(size=len(PLAN), sha256="0" * 64)})
 
     def read(self, name):

@@ -21,8 +21,8 @@ from pylumiere.export.spec import network_specs
 from safetensors.torch import load_file, save_file
 
 from pylumiere.checkpoints.bundle import make_key_pair, open_bundle
-from pylumiere.checkpoints.native import build_network
 from pylumiere.errors import BundleError, IntegrityError, InvalidRequest, UnsupportedDevice
+from pylumiere.networks.families import build_network
 from pylumiere.networks.stunet.presets import model_preset
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -82,7 +82,7 @@ def test_a_graph_gives_what_the_model_gives_at_a_size_that_was_not_checked(expor
     weights = output / "model" / "base.safetensors"
     session = to_onnx.open_session(output / "onnx" / "base.onnx", {"../model/base.safetensors": weights}, 1)
     network = build_network(
-        model_preset("tiny").base.network, {name: tensor.float() for name, tensor in load_file(weights).items()}
+        model_preset("tiny").first.network, {name: tensor.float() for name, tensor in load_file(weights).items()}
     )
     feed = to_onnx.example_inputs(spec, {"B": 2, "T": 4, "H": 12, "W": 8}, seed=5)
     (found,) = session.run(None, feed)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 from pylumiere.export.spec import NetworkSpec, network_specs
+from support.testing import with_stage
 
+from pylumiere.config import WindowConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.stunet.presets import model_preset
 
@@ -10,7 +12,9 @@ from pylumiere.networks.stunet.presets import model_preset
 @pytest.mark.parametrize("model", ["demo", "tiny", "stunet-b", "stunet-l"])
 def test_the_three_sizes_of_a_check_differ_and_suit_the_network(model):
     config = model_preset(model)
-    for stage, spec in network_specs(config).items():
+    specs = network_specs(config)
+    assert list(specs) == ["base", "ssr"]
+    for stage, spec in specs.items():
         sizes = dict(spec.check_sizes())
         assert list(sizes) == ["smallest", "odd", "largest"]
         assert sizes["smallest"] != sizes["odd"] != sizes["largest"] != sizes["smallest"]
@@ -20,7 +24,7 @@ def test_the_three_sizes_of_a_check_differ_and_suit_the_network(model):
                 assert these[name] % axis.multiple == 0
         odd = sizes["odd"]
         assert odd["H"] // spec.axes["H"].multiple % 2 == 1
-        network = getattr(config, stage).network
+        network = config.stage(stage).network
         assert sizes["largest"]["T"] >= network.num_frames
         assert (sizes["largest"]["H"], sizes["largest"]["W"]) == (network.height, network.width)
 
@@ -45,9 +49,7 @@ def test_one_profile_per_bucket_with_only_the_batch_free():
 
 
 def test_windows_are_exported_with_their_halo():
-    import dataclasses
-
-    config = dataclasses.replace(model_preset("demo"), window_frames=8, halo_frames=2)
+    config = with_stage(model_preset("demo"), "ssr", windows=WindowConfig(8, overlap=2, halo=2))
     assert network_specs(config)["ssr"].axes["T"].max == 12
 
 

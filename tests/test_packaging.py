@@ -174,7 +174,7 @@ def test_an_installation_has_all_modules_and_the_demo_but_no_helper_of_tests(tmp
     assert {name.split("/")[0] for name in installed} == {"pylumiere"}
     assert not [name for name in installed if re.search(r"\b(support|testing|fuzzing|tests?|conftest)\b|test_", name)]
     demo = ("MODEL_CARD.md", "config.json", "base.safetensors", "ssr.safetensors", "styles/ink.safetensors")
-    needed = [f"demo/{name}" for name in demo]
+    needed = [*(f"demo/{name}" for name in demo), "checkpoints/layouts/sd1.json", "checkpoints/layouts/sd2.json"]
     needed += ["kernels/spatial_conv.py", "kernels/csrc/denoise_step.cuh", "export/build.py", "serve/page/index.html"]
     assert {f"pylumiere/{name}" for name in needed} <= installed
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pylumiere.checkpoints.files import DTYPES, described, header_length, printable
+from pylumiere.checkpoints.files import DTYPES, described, header_length, is_finite, printable
 from pylumiere.config import NetworkConfig
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.families import expected_shapes, family_of
@@ -210,7 +210,7 @@ def read_adapter_file(
         raise refuse(f"cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise refuse("is truncated or no safetensors file") from error
-    spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    spoiled = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if spoiled:
         raise refuse(f"holds NaN or infinity in {printable(spoiled[0])}")
     return AdapterFile(digest, metadata, tensors)

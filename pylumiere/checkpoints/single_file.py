@@ -19,12 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pylumiere.checkpoints.diffusers import (
-    COMPONENTS,
-    read_configs,
-    read_diffusers_folder,
-    read_index,
-)
+from pylumiere.checkpoints.diffusers import COMPONENTS, read_configs, read_diffusers_folder, read_index
 from pylumiere.checkpoints.files import (
     DTYPES,
     check_finite,

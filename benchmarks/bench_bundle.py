@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("bundle")
     parser.add_argument("--model", default="demo", help="the checkpoint that the bundle was made of")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="of the base network; the model's own if not given")
+    parser.add_argument("--steps", type=int, help="of the first stage; the model's own if not given")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -104,7 +104,7 @@ def main() -> int:
             "torch bf16": make_backend(*load_model(options.model, "torch", "cpu", "bf16")),
         }
         config = load_model(options.bundle, "torch", "cpu", "fp32")[0].config
-        stages = ["base"] if config.ssr is None else ["base", "ssr"]
+        stages = [stage.name for stage in config.stages]
         rows += [compare_outputs(backends, config, stage) for stage in stages]
         if any(row["rel_rms"] > 1e-4 for row in rows):
             print(f"wrong outputs, nothing was timed: {rows}", file=sys.stderr)

@@ -28,17 +28,17 @@ def make_engine(model: str, device: str, precision: str):
 
     config = dataclasses.replace(model_preset(model), text_encoder="hash")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    stages = [
-        {name: value.to(dtype) for name, value in random_weights(stage.network, seed=seed).items()}
-        for seed, stage in enumerate((config.base, config.ssr))
-    ]
-    return Engine(Checkpoint(Path(model), config, *stages), choose(device=device, precision=precision))
+    weights = {
+        stage: {name: value.to(dtype) for name, value in random_weights(network, seed=seed).items()}
+        for seed, (stage, network) in enumerate(config.networks.items())
+    }
+    return Engine(Checkpoint(Path(model), config, weights), choose(device=device, precision=precision))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="stunet-l")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 8], help="of the base network, a clip each")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 8], help="of the first stage, a clip each")
     parser.add_argument("--clips", type=int, default=1, help="after a short one that warms up")
     parser.add_argument("--smoke", action="store_true", help="the tiny model, on any device")
     parser.add_argument("--json", type=Path, help="append rows here")

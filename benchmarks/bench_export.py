@@ -56,18 +56,18 @@ def write_random(preset: str, folder: Path) -> None:
     import torch
 
     from pylumiere.checkpoints.native import save_checkpoint
-    from pylumiere.networks.stunet import STUNet
+    from pylumiere.networks.families import family_of
     from pylumiere.networks.stunet.presets import model_preset
 
     config = dataclasses.replace(model_preset(preset), text_encoder="hash")
     torch.manual_seed(0)
 
     def weights(network):
-        state = STUNet(network).state_dict()
+        state = family_of(network).build(network).state_dict()
         return {n: v if v.any() else torch.randn_like(v) * 0.02 for n, v in state.items()}
 
-    ssr = None if config.ssr is None else weights(config.ssr.network)
-    save_checkpoint(folder, config, weights(config.base.network), ssr, dtype=torch.bfloat16)
+    networks = {name: weights(network) for name, network in config.networks.items()}
+    save_checkpoint(folder, config, networks, dtype=torch.bfloat16)
 
 
 def measure(command: list[str], cache: Path) -> dict:

@@ -217,8 +217,9 @@ def seams(num_frames: int, side: int, steps: int, seeds: int) -> list[dict]:
     from pylumiere import Engine
 
     rows, engine = [], Engine.load("demo")
+    weights = engine.config.last.windows.weights
     for overlap in (OVERLAP, 0):
-        plan = WindowPlan(num_frames, WINDOW, overlap, weights=engine.config.window_weights)
+        plan = WindowPlan(num_frames, WINDOW, overlap, weights=weights)
         made_of = [(list(plan.writers(t)), list(plan.weights(t))) for t in range(num_frames)]
         border = np.array([made_of[t] != made_of[t + 1] for t in range(num_frames - 1)])
         changes = []
@@ -234,7 +235,7 @@ def seams(num_frames: int, side: int, steps: int, seeds: int) -> list[dict]:
         rows.append({"clip": "mean of all", "seed": None, **_ratio(mean, border), "changes": mean.round(6).tolist()})
         for row in rows:
             row.setdefault("overlap", overlap)
-            row.setdefault("weights", engine.config.window_weights)
+            row.setdefault("weights", weights)
     return rows
 
 

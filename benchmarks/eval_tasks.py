@@ -308,7 +308,7 @@ def loop(bench: Bench, count: int) -> Result:
 
 def long(bench: Bench, count: int, num_frames: int = 320) -> Result:
     ratios, rows = [], []
-    network = bench.engine.config.base.network
+    network = bench.engine.config.first.network
     stride = network.num_frames // 2
     for seed, (_, text) in enumerate(bench.captions(count, motions=("bounce", "right", "still"))):
         clip = bench.make(text, seed, num_frames=num_frames)

@@ -20,6 +20,8 @@ from pylumiere.bench.facts import read_rows
 from pylumiere.errors import InvalidRequest
 
 OURS, OTHERS = "#c2410c", "#64748b"
+STAGES = ("#c2410c", "#f59e0b", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f", "#0369a1", "#a16207", "#57534e")
+NO_STAGES = ("imports", "load", "text", "total", "all", "file")  # parts of a clip's seconds that are no stage's
 
 
 def last_run(rows: list[dict], *keys: str) -> list[dict]:
@@ -110,13 +112,14 @@ def clips(rows: list[dict], path: Path) -> bool:
     found = [row for row in found if row["case"] == found[-1]["case"]]
     found.sort(key=lambda row: -row["seconds"])
     figure, axis = pyplot.subplots(figsize=(9, 0.5 * len(found) + 1.8), layout="constrained")
-    parts = ("base", "ssr", "start, imports, loading, text, file")
-    colors = dict(zip(parts, ("#c2410c", "#f59e0b", "#94a3b8"), strict=True))
+    stages = [part for part in found[0]["parts"] if part not in NO_STAGES]
+    rest = "start, imports, loading, text, file"
+    colors = dict(zip(stages, STAGES, strict=False)) | {rest: "#94a3b8"}
     for place, row in enumerate(found):
-        values = [row["parts"].get("base", 0.0), row["parts"].get("ssr", 0.0)]
-        values.append(row["seconds"] - sum(values))
+        values = {stage: row["parts"].get(stage, 0.0) for stage in stages}
+        values[rest] = row["seconds"] - sum(values.values())
         start = 0.0
-        for part, value in zip(parts, values, strict=True):
+        for part, value in values.items():
             axis.barh(place, value, left=start, color=colors[part], label=part if place == 0 else None)
             start += value
         axis.text(start, place, f" {row['seconds']:.1f} s", va="center")

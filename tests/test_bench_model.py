@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.latent import latent_config
+from support.testing import write_random_model
 
-from pylumiere.bench import against, networks, predict, rivals
+from pylumiere.bench import against, networks, predict, rival_clip, rivals
 from pylumiere.bench.facts import source_hash
 from pylumiere.bench.plan import plan_clip, plan_network
 from pylumiere.checkpoints.native import load_checkpoint
@@ -48,6 +50,20 @@ def test_rows_say_what_was_measured(measured):
         kinds = [row for row in rows if row.get("stage") == stage]
         assert sum(row["share"] for row in kinds) == pytest.approx(1, abs=0.02)
         assert {"spatial conv", "norm and activation", predict.OTHER} <= {row["kind"] for row in kinds}
+
+
+def test_stages_of_a_latent_model_and_its_decoder_are_measured(tmp_path):
+    folder, path = write_random_model(tmp_path / "latent", latent_config()), tmp_path / "rows.jsonl"
+    assert networks.run(str(folder), vs=["eager"], precisions=["fp32"], repeats=2, path=path) == 0
+    rows = read(path)
+    assert {row["case"] for row in rows} == {"unet 2x4x8x8x4", "decoder 2x1x8x8x4"}
+    assert {"pylumiere fp32", "pylumiere bf16", "eager fp32"} <= {row["provider"] for row in rows}
+    for stage, kind in (("unet", "norm and activation"), ("decoder", "attention in space and to text")):
+        kinds = {row["kind"]: row for row in rows if row.get("stage") == stage}
+        assert {"spatial conv", "linear", kind} <= set(kinds)
+        assert all(row["flops"] > 0 for row in kinds.values() if row["kind"] != predict.OTHER)
+    with pytest.raises(InvalidRequest, match="--stage 'ssr' is not one of unet, decoder"):
+        networks.run(str(folder), stages=["ssr"])
 
 
 def test_a_wrong_network_is_not_timed(tiny_model, monkeypatch, capsys):
@@ -185,6 +201,11 @@ def test_a_whole_clip_is_that_of_the_rivals(tmp_path):
     # The same function: the rival's fp32 loop gives our fp32 clip but for rounding; bf16 is further off.
     assert rows["rival eager-fp32"]["psnr"] > 90 and rows["pylumiere"]["psnr"] > 40
     assert all(row["seconds"] > row["parts"]["base"] > 0 and row["source"] for row in rows.values())
+
+
+def test_rivals_make_clips_only_of_models_like_the_demo(tiny_model, tmp_path):
+    with pytest.raises(InvalidRequest, match="model 'tiny': rivals make clips of models that are arranged"):
+        rival_clip.prepare(str(tiny_model), tmp_path, ["eager-fp32"])
 
 
 def test_plots_are_made_of_rows_and_refused_without(measured, tmp_path):

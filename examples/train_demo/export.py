@@ -49,14 +49,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.style is not None:
         checkpoint = load_checkpoint(find_model(args.model))
-        tensors = style_tensors(args.style, checkpoint.base)
-        save_style(args.output, tensors, checkpoint.config.base.network, fingerprint(checkpoint.base))
+        first = checkpoint.config.first
+        weights = checkpoint.weights[first.name]
+        save_style(args.output, style_tensors(args.style, weights), first.network, fingerprint(weights))
         return
     if args.base is None or args.ssr is None:
         parser.error("give --base and --ssr, or --style")
-    save_checkpoint(
-        args.output, model_preset("demo"), newest("base", args.base), newest("ssr", args.ssr), dtype=torch.bfloat16
-    )
+    weights = {"base": newest("base", args.base), "ssr": newest("ssr", args.ssr)}
+    save_checkpoint(args.output, model_preset("demo"), weights, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

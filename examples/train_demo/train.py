@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pylumiere.checkpoints.native import find_model, load_checkpoint
-from pylumiere.diffusion.schedules import make_schedule
+from pylumiere.diffusion.schedules import schedule_of
 from pylumiere.networks.stunet import STUNet, image_config
 from pylumiere.networks.stunet.presets import stage_preset
 from pylumiere.networks.text import load_text_encoder
@@ -199,8 +199,7 @@ def sample_timesteps(batch: int, steps: int, rng: np.random.Generator) -> torch.
 
 
 def run_stage(network: str, stage: Stage, model: STUNet, batches: ClipBatches, out: Path, minutes_scale: float) -> None:
-    settings = stage_preset("demo-ssr" if network == "ssr" else "demo-base").schedule
-    schedule = make_schedule(settings.name, logsnr_shift=settings.logsnr_shift)
+    schedule = schedule_of(stage_preset("demo-ssr" if network == "ssr" else "demo-base").schedule)
     alphas, sigmas = (torch.from_numpy(v).float() for v in (schedule.alphas, schedule.sigmas))
     state_file, weight_file = out / f"{stage.name}.json", out / f"{stage.name}.safetensors"
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -303,9 +302,10 @@ def main() -> None:
     batches = ClipBatches(args.network, args.seed + restarts, args.captions, args.style if is_style else None)
     if is_style:
         checkpoint = load_checkpoint(find_model(args.model))
-        config = checkpoint.config.base.network
+        first = checkpoint.config.first
+        config = first.network
         model = STUNet(config)
-        model.load_state_dict(checkpoint.base)
+        model.load_state_dict(checkpoint.weights[first.name])
         add_low_rank(model, args.rank)
     else:
         config = stage_preset(f"demo-{args.network}").network

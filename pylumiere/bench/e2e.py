@@ -47,13 +47,13 @@ def run(
         model: a shipped name or a model folder.
         vs: families of denoisers: eager, compile, onnxruntime, openvino. None means all but compile, whose cold start
             takes most of a minute.
-        steps: of the base network; the model's own if None.
+        steps: of the first stage; the model's own if None.
         rounds: of each provider; the first is dropped where there are more than two.
         path: append rows here.
         against: rows of an earlier run; 1 is returned too where we have become slower beside eager PyTorch.
 
     Raises:
-        InvalidRequest: an unknown rival.
+        InvalidRequest: an unknown rival, or a model that the rivals cannot make clips of.
     """
     known = sorted({name.split("-")[0] for name in DENOISERS})
     families = [name for name in known if name != "compile"] if vs is None else list(vs)

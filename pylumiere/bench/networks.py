@@ -1,9 +1,9 @@
 """`pylumiere bench model`: the networks of a model as an engine runs them, beside what else could run them.
 
-Every provider computes the same rows: two of the base (one clip with guidance) and two windows of the super-resolution.
-Each is checked against the same network in float64 before the clock starts, and all take turns. What each kind of
-operation takes, against the rates that this machine reaches at its best, is measured in the engine's own arrangement:
-one row a thread, all threads busy.
+Every provider computes the same two rows: one clip with guidance, or two windows, or two frames of a decoder. Each is
+checked against the same network in float64 before the clock starts, and all take turns. What each kind of operation
+takes, against the rates that this machine reaches at its best, is measured in the engine's own arrangement: one row a
+thread, all threads busy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,9 @@ from pylumiere.bench.harness import Timing, measure, measure_device
 from pylumiere.bench.plan import NetworkPlan, plan_network
 from pylumiere.bench.predict import OTHER, Measured
 from pylumiere.bench.rivals import FAMILIES, Missing, Operands, Wrapped, make_rivals, side_by_side
-from pylumiere.checkpoints.native import Checkpoint, build_network, find_model, load_checkpoint
-from pylumiere.config import ModelConfig
-from pylumiere.errors import InvalidRequest
+from pylumiere.checkpoints.native import Checkpoint, find_model, load_checkpoint, read_config
+from pylumiere.config import DECODER, ModelConfig
+from pylumiere.networks.families import AnyConfig, build_network
 
 ROWS = 2
 ALLOWED = {"fp32": 1e-4, "bf16": 0.02}  # relative RMS error; bf16 rounds a hundred times on the way
@@ -45,7 +45,7 @@ class Site:
     """One network at the sizes of its calls.
 
     Attributes:
-        stage: "base" or "ssr".
+        stage: its name; "decoder" for the decoder.
         operands: of ROWS samples.
     """
 
@@ -58,13 +58,12 @@ class Site:
         return f"{self.stage} " + "x".join(str(size) for size in self.operands[0].shape)
 
     @property
-    def network(self):
-        config = self.checkpoint.config
-        return (config.base if self.stage == "base" else config.ssr).network
+    def network(self) -> AnyConfig:
+        return self.checkpoint.config.networks[self.stage]
 
     @property
-    def weights(self) -> dict[str, Tensor]:
-        return self.checkpoint.base if self.stage == "base" else self.checkpoint.ssr
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.checkpoint.weights[self.stage]
 
     @functools.cached_property
     def expected(self) -> Tensor:
@@ -82,18 +81,24 @@ class Site:
 
 def make_operands(config: ModelConfig, stage: str, *, rows: int = ROWS, frames: int | None = None,
                   size: tuple[int, int] | None = None) -> Operands:  # fmt: skip
-    """What a call of the stage gets: noise, times over the schedule, text of some length, a noise level."""
-    network = (config.base if stage == "base" else config.ssr).network
-    frames = frames or (network.num_frames if stage == "base" else config.window_frames)
-    height, width = size or (network.height, network.width)
+    """What a call of the stage gets: noise, times over the schedule, text of some length, a noise level; or latents."""
     generator = torch.Generator().manual_seed(5)
+    if stage == DECODER:
+        height, width = size or (config.last.network.height, config.last.network.width)
+        network = config.decoder.network
+        frames = frames or network.min_frames
+        return (torch.randn(rows, frames, height, width, network.latent_channels, generator=generator),)
+    network, windows = config.stage(stage).network, config.stage(stage).windows
+    frames = frames or (network.num_frames if windows is None else windows.frames)
+    height, width = size or (network.height, network.width)
     sample = torch.randn(rows, frames, height, width, network.in_channels, generator=generator)
     times = torch.tensor([500.0]) if rows == 1 else torch.linspace(900.0, 100.0, rows)
     text = mask = level = None
     if network.text_dim:
         text = torch.randn(rows, config.text_tokens, network.text_dim, generator=generator)
-        lengths = torch.tensor([9 if row % 2 == 0 else 2 for row in range(rows)])
-        mask = torch.arange(config.text_tokens)[None] < lengths[:, None]
+        if network.masks_text:
+            lengths = torch.tensor([9 if row % 2 == 0 else 2 for row in range(rows)])
+            mask = torch.arange(config.text_tokens)[None] < lengths[:, None]
     if network.noise_level:
         level = torch.full((rows,), 0.1)
     return sample, times, text, mask, level
@@ -120,7 +125,7 @@ def run(
 
     Args:
         model: a shipped name or a model folder.
-        stages: of "base" and "ssr"; none means all.
+        stages: names of the model's stages; none means all.
         vs: rivals, of `rivals.FAMILIES`; None means all that are installed but torch.compile, which takes minutes.
         precisions: of the rivals, "fp32" and "bf16"; none means both.
         max_autotune: torch.compile also with this mode, which takes longer.
@@ -136,19 +141,18 @@ def run(
     families = tuple(name for name in FAMILIES if name != "compile") if vs is None else tuple(vs)
     stages, precisions = tuple(stages), tuple(precisions) or tuple(ALLOWED)
     check_names("--vs", families, FAMILIES)
-    check_names("--stage", stages, ("base", "ssr"))
     check_names("--precision", precisions, ALLOWED)
     earlier = comparison.read(against) if against else None
-    checkpoint = load_checkpoint(find_model(model))
-    stages = stages or (("base",) if checkpoint.ssr is None else ("base", "ssr"))
-    if "ssr" in stages and checkpoint.ssr is None:
-        raise InvalidRequest(f"--stage ssr: model {checkpoint.config.name!r} has no super-resolution stage")
+    folder = find_model(model)
+    known = tuple(read_config(folder).networks)
+    check_names("--stage", stages, known)
+    checkpoint = load_checkpoint(folder)
     threads = torch.get_num_threads()
     bounds = {} if smoke else measure_device("cpu")
     for name, rate in bounds.items():
         print(f"{name} {rate / 1e9:.4g}e9, on {threads} threads", flush=True)
     rows, wrong = [], 0
-    for stage in stages:
+    for stage in stages or known:
         site = make_site(checkpoint, stage)
         found, bad = _time(site, families, precisions, max_autotune, threads, smoke, repeats, bounds)
         rows, wrong = rows + found, wrong + bad
@@ -172,9 +176,10 @@ def engine_call(site: Site, precision: str, threads: int, ops: Callable[[], CpuO
     backend = TorchBackend(site.checkpoint, choose("torch", "cpu", precision))
     if ops is not None:
         backend._networks[site.stage].ops = ops()
-    predict = functools.partial(backend.predict, site.stage, num_threads=max(1, threads // ROWS))
+    call = backend.decode if site.stage == DECODER else functools.partial(backend.predict, site.stage)
+    call = functools.partial(call, num_threads=max(1, threads // ROWS))
     given = tuple(operand for operand in site.operands if operand is not None)
-    return side_by_side(Wrapped(predict, site.operands), given, threads)
+    return side_by_side(Wrapped(call, site.operands), given, threads)
 
 
 def _time(site, families, precisions, max_autotune, threads, smoke, repeats, bounds) -> tuple[list[dict], int]:
@@ -265,8 +270,14 @@ class TimedOps(CpuOps):
     def temporal_conv(self, *given, **options):
         return self._timed("temporal conv", lambda: super(TimedOps, self).temporal_conv(*given, **options))
 
-    def linear(self, *given, **options):
-        return self._timed("linear", lambda: super(TimedOps, self).linear(*given, **options))
+    def matmul(self, *given, **options):
+        return self._timed("linear", lambda: super(TimedOps, self).matmul(*given, **options))
+
+    def layer_norm(self, *given, **options):
+        return self._timed("norm and activation", lambda: super(TimedOps, self).layer_norm(*given, **options))
+
+    def geglu(self, *given, **options):
+        return self._timed("norm and activation", lambda: super(TimedOps, self).geglu(*given, **options))
 
     def attention(self, *given, **options):
         kind = "attention in space and to text"
@@ -300,7 +311,7 @@ def kind_seconds(site: Site, threads: int, rounds: int = 7) -> tuple[dict[str, f
 def _layers(site: Site, threads: int, bounds: dict[str, float]) -> tuple[list[dict], Measured]:
     seconds, total = kind_seconds(site, threads)
     smallest = (site.network.spatial_factor,) * 2
-    least_site = make_site(site.checkpoint, site.stage, frames=site.network.temporal_factor, size=smallest)
+    least_site = make_site(site.checkpoint, site.stage, frames=site.network.min_frames, size=smallest)
     least, _ = kind_seconds(least_site, threads)
     plan, lanes = site.plan, min(threads, ROWS)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -326,7 +337,7 @@ def _layers(site: Site, threads: int, bounds: dict[str, float]) -> tuple[list[di
     return rows, Measured(seconds, least, plan, lanes, ROWS, *rates)
 
 
-# Sizes that nothing was taken from: half and twice the frames, and other pictures.
+# Of the demo's stages: sizes that nothing was taken from. Half and twice the frames, and other pictures.
 PREDICTED = {"base": ((40, None), (160, None), (80, 48)), "ssr": ((16, None), (8, 64), (8, 192))}
 
 

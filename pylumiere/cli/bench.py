@@ -29,7 +29,7 @@ def bench_ops(
 
 def bench_model(
     model: Model = "demo",
-    stage: Annotated[list[str] | None, typer.Option(help="base or ssr; may be repeated. Both if not given.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="A stage's name; may be repeated. All if not given.")] = None,
     vs: Annotated[str | None, typer.Option(help="Rivals: eager,compile,onnxruntime,openvino.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="Of the rivals: fp32, bf16. Both if not given.")] = None,
     max_autotune: Annotated[bool, typer.Option("--max-autotune", help="torch.compile also in this mode.")] = False,
@@ -52,7 +52,7 @@ def bench_e2e(
     vs: Annotated[str | None, typer.Option(help="Rivals: eager,compile,onnxruntime,openvino.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of each provider; the first is dropped of three or more.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the clip.")] = 7,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the base network.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the first stage.")] = None,
     rows: Annotated[Path | None, typer.Option("--json", help="Append a JSON line per provider here.")] = None,
     against: Against = None,
 ) -> int:
@@ -64,12 +64,14 @@ def bench_e2e(
 
 
 def bench_plan(
-    model: Annotated[str, typer.Option(help="A preset: demo, stunet-b or stunet-l.")] = "stunet-l",
+    model: Annotated[
+        str, typer.Option(help="demo, stunet-b, stunet-l, sd-1.5, sd-2.1, a model folder or a bundle.")
+    ] = "stunet-l",
     sku: Annotated[list[str] | None, typer.Option(help="A GPU; may be repeated. All with known rates if none.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
     size: Annotated[int | None, typer.Option(help="Height and width of the result.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
-    ssr_steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the first stage.")] = None,
+    ssr_steps: Annotated[int | None, typer.Option(help="Denoising steps of later stages.")] = None,
     window: Window = None,
     overlap: Overlap = None,
     doubling: Annotated[bool, typer.Option("--doubling", help="Also: cost of twice T, H and W.")] = False,
@@ -88,7 +90,7 @@ def bench_plan(
         known = read_rows(rates)
         seconds = predict.predict_clip(predict.measured_networks(known, model), clip)
         own_size = all(value is None for value in options.values())
-        measured = predict.measured_clip(known, model) if own_size else None
+        measured = predict.measured_clip(known, model, seconds) if own_size else None
         predicted = {"machine": predict.machine_of(known), "predicted": seconds, "measured": measured}
     for table in plan.to_tables(model, clip, chips, plan.doubling(model) if doubling else None, predicted):
         print_table(table)

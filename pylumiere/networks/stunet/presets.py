@@ -15,6 +15,12 @@ from pylumiere.config.fields import check
 
 LARGE = ScheduleConfig("cosine", "v_prediction")  # of the larger networks
 SHORT = WindowConfig(8, 2)
+MODELS = {  # by name: stages, and fields of the model
+    "demo": (("demo-base", "demo-ssr"), {}),
+    "stunet-b": (("stunet-b", "ssr-b"), {"text_encoder": "clip:", "text_tokens": 77}),
+    "stunet-l": (("stunet-l", "ssr-l"), {"text_encoder": "t5:", "text_tokens": 77}),
+    "tiny": (("tiny-base", "tiny-ssr"), {"text_encoder": "hash", "text_tokens": 8}),
+}
 
 
 def _levels(
@@ -140,12 +146,6 @@ def model_preset(name: str) -> ModelConfig:
     Raises:
         ValueError: an unknown name.
     """
-    models = {
-        "demo": (("demo-base", "demo-ssr"), {}),
-        "stunet-b": (("stunet-b", "ssr-b"), {"text_encoder": "clip:", "text_tokens": 77}),
-        "stunet-l": (("stunet-l", "ssr-l"), {"text_encoder": "t5:", "text_tokens": 77}),
-        "tiny": (("tiny-base", "tiny-ssr"), {"text_encoder": "hash", "text_tokens": 8}),
-    }
-    check(name in models, f"model {name!r} is not one of {', '.join(models)}")
-    stages, fields = models[name]
+    check(name in MODELS, f"model {name!r} is not one of {', '.join(MODELS)}")
+    stages, fields = MODELS[name]
     return ModelConfig(name, tuple(stage_preset(stage) for stage in stages), **fields)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pylumiere.config.fields import Config, build, check
 from pylumiere.config.networks import COLOURS, DecodingConfig, NetworkConfig, network_from
 from pylumiere.config.sampling import SamplerConfig, ScheduleConfig
+from pylumiere.config.stunet import from_version_1
 
 WINDOW_WEIGHTS = ("flat", "linear", "gaussian")
 SCHEMA_VERSION = 2
@@ -203,7 +204,7 @@ class ModelConfig(Config):
         data = dict(data)
         version = data.pop("schema_version", SCHEMA_VERSION if "stages" in data else 1)
         check(version in (1, SCHEMA_VERSION), f"schema_version {version!r} is not one of 1, {SCHEMA_VERSION}")
-        return super().from_dict(_from_version_1(data) if version == 1 else data)
+        return super().from_dict(from_version_1(data) if version == 1 else data)
 
 
 def _check_follows(before: StageConfig, stage: StageConfig) -> None:
@@ -221,24 +222,3 @@ def _check_follows(before: StageConfig, stage: StageConfig) -> None:
         f"{where} its {large.width} x {large.height} (width x height) is no whole multiple of "
         f"{small.width} x {small.height}",
     )
-
-
-def _from_version_1(data: dict) -> dict:
-    """A base network and a super-resolution network with fields of their own, as a list of stages."""
-    allowed = {"name", "base", "ssr", "fps", "text_encoder", "text_tokens", "window_frames", "window_overlap",
-               "halo_frames", "window_weights", "augmentation"}  # fmt: skip
-    unknown = sorted(set(data) - allowed)
-    check(not unknown, f"ModelConfig: unknown field {', '.join(map(repr, unknown))}")
-    check("base" in data, "ModelConfig: base is missing")
-    check(isinstance(data["base"], dict), "ModelConfig.base: expected an object")
-    stages = [{"name": "base", **data["base"]}]
-    if data.get("ssr") is not None:
-        check(isinstance(data["ssr"], dict), "ModelConfig.ssr: expected an object")
-        windows = {new: data[old] for new, old in (("overlap", "window_overlap"), ("halo", "halo_frames"),
-                                                   ("weights", "window_weights")) if old in data}  # fmt: skip
-        windows = {"frames": data.get("window_frames", 8), "overlap": 2, **windows}
-        stages.append(
-            {"name": "ssr", **data["ssr"], "windows": windows, "augmentation": data.get("augmentation", 0.0)}
-        )
-    kept = {name: data[name] for name in ("name", "fps", "text_encoder", "text_tokens") if name in data}
-    return {**kept, "stages": stages}

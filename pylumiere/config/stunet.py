@@ -124,3 +124,25 @@ class STUNetConfig(NetworkConfig):
     def spatial_factor(self) -> int:
         """Height and width must be multiples of this."""
         return self.patch_size * 2 ** (len(self.levels) - 1)
+
+
+def from_version_1(data: dict) -> dict:
+    """JSON values of a model of the schema's first version, which had this family alone: a base network and a
+    super-resolution network with fields of their own, as a list of stages."""
+    allowed = {"name", "base", "ssr", "fps", "text_encoder", "text_tokens", "window_frames", "window_overlap",
+               "halo_frames", "window_weights", "augmentation"}  # fmt: skip
+    unknown = sorted(set(data) - allowed)
+    check(not unknown, f"ModelConfig: unknown field {', '.join(map(repr, unknown))}")
+    check("base" in data, "ModelConfig: base is missing")
+    check(isinstance(data["base"], dict), "ModelConfig.base: expected an object")
+    stages = [{"name": "base", **data["base"]}]
+    if data.get("ssr") is not None:
+        check(isinstance(data["ssr"], dict), "ModelConfig.ssr: expected an object")
+        windows = {new: data[old] for new, old in (("overlap", "window_overlap"), ("halo", "halo_frames"),
+                                                   ("weights", "window_weights")) if old in data}  # fmt: skip
+        windows = {"frames": data.get("window_frames", 8), "overlap": 2, **windows}
+        stages.append(
+            {"name": "ssr", **data["ssr"], "windows": windows, "augmentation": data.get("augmentation", 0.0)}
+        )
+    kept = {name: data[name] for name in ("name", "fps", "text_encoder", "text_tokens") if name in data}
+    return {**kept, "stages": stages}

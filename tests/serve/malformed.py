@@ -78,8 +78,19 @@ def _json(draw: random.Random) -> bytes:
 def _form(draw: random.Random) -> bytes:
     parts = []
     for _ in range(draw.randrange(1, 5)):
-        name = draw.choice([*FIELDS, "input_reference[image_url]", "input_reference[", "a[b][c]", "keyframes[0]",
-                            "keyframes[../x]", "video[id]", "expand[left]", _junk(draw, 9)])
+        name = draw.choice(
+            [
+                *FIELDS,
+                "input_reference[image_url]",
+                "input_reference[",
+                "a[b][c]",
+                "keyframes[0]",
+                "keyframes[../x]",
+                "video[id]",
+                "expand[left]",
+                _junk(draw, 9),
+            ]
+        )
         file = draw.choice(["", '; filename="../../x.png"', "; filename*=utf-16''%ff"])
         head = f'Content-Disposition: form-data; name="{name}"{file}\r\n'
         data = draw.randbytes(draw.randrange(300))

@@ -16,8 +16,15 @@ from pylumiere.backends.artefacts import Selection, choose_from_bundle
 from pylumiere.backends.choice import Choice, choose
 from pylumiere.checkpoints.bundle import Bundle, is_bundle, open_bundle
 from pylumiere.checkpoints.diffusers import DiffusersFolder, is_diffusers_folder, read_diffusers_folder
-from pylumiere.checkpoints.native import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
-from pylumiere.config import TemporalShiftConfig
+from pylumiere.checkpoints.native import (
+    SHIPPED,
+    Checkpoint,
+    find_model,
+    load_checkpoint,
+    read_config,
+    read_weights,
+)
+from pylumiere.config import ModelConfig, TemporalShiftConfig
 from pylumiere.errors import BundleError, InvalidRequest
 from pylumiere.networks.text import HashEncoder, MiniLMEncoder, TextEncoder
 
@@ -125,6 +132,17 @@ def load_model(
         raise BundleError(f"model {str(source)!r} is no bundle, and only a bundle can be signed; drop the trusted key")
     choice = choose(backend, device, precision)
     return load_checkpoint(find_model(source)), choice
+
+
+def read_model_config(
+    source: str | PathLike, trusted_key: Any = None, temporal_shift: Any = None
+) -> ModelConfig:
+    """What a model is, without its weights. Arguments and errors are those of `load_model`."""
+    if str(source) not in SHIPPED and is_diffusers_folder(source):
+        return read_diffusers_folder(source, temporal_shift=shift_config(temporal_shift)).config
+    if str(source) not in SHIPPED and is_bundle(source):
+        return open_bundle(source, trusted_key).config
+    return read_config(find_model(source))
 
 
 def shift_config(value: Any) -> TemporalShiftConfig | None:

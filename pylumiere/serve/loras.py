@@ -35,7 +35,7 @@ def find_loras(folder: str | PathLike | None) -> dict[str, Path]:
     except OSError as error:
         raise InvalidRequest(f"LoRA folder {str(folder)!r} cannot be read: {error.strerror}") from None
     if strange := [path.name for path in files if not _NAME.fullmatch(path.stem)]:
-        logger.warning("left out, for names should hold letters, digits and _ .+- alone: %s", strange)
+        logger.warning("LoRA files left out, whose names hold more than letters, digits and _ .+-: %s", strange)
     return {path.stem: path.absolute() for path in files if _NAME.fullmatch(path.stem)}
 
 

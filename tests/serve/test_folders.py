@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from pylumiere.engine import Engine
@@ -23,6 +26,7 @@ from .test_api import read_events
 from .test_applications import APPLICATIONS, CLIP, MASK, STILL, url
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")
+ROOT = Path(__file__).parents[2]
 SHORT = {"num_inference_steps": 2, "seed": 7}
 
 
@@ -335,3 +339,25 @@ def test_jobs_of_an_older_server_are_shown_and_run(serve, engine, tmp_path):
     server.wait(waiting)
     assert content(server, waiting).content == saved(engine.generate("a", seed=7, num_frames=8), tmp_path)
     assert content(server, waiting, "image").status_code == 200
+
+
+# ---- embedding -------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_embedding(sd_folder, loras, tmp_path):
+    spec = importlib.util.spec_from_file_location("embed_fastapi", ROOT / "examples" / "embed_fastapi.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.MODEL, example.TEMPORAL_SHIFT, example.LORAS = sd_folder, 8, loras
+    with TestClient(example.app) as client:
+        query = {"prompt": "a dog", "num_frames": 1, "seed": 7}
+        picture = client.post("/clips", params={**query, "lora": ["look:0.5"]})
+        assert picture.status_code == 200 and picture.headers["content-type"] == "image/png"
+        refused = client.post("/clips", params={**query, "lora": ["../look"]})
+        assert refused.status_code == 400 and "this server has Ink wash.v2" in refused.json()["detail"]
+        clip = client.post("/clips", params={**query, "num_frames": 2})
+        engine, look = example.app.state.engine, f"{loras / 'look.safetensors'}:0.5"
+        with Image.open(io.BytesIO(picture.content)) as image:
+            expected = engine.generate("a dog", num_frames=1, seed=7, lora=look).frames[0]
+            assert np.array_equal(np.asarray(image), expected)
+        assert clip.content == saved(engine.generate("a dog", num_frames=2, seed=7), tmp_path)

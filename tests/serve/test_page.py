@@ -6,8 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from pylumiere.engine import Engine
 from pylumiere.media.inputs import read_mask, request_fields
 from pylumiere.media.video import read_video
 
@@ -125,12 +128,12 @@ def test_frames_appear_as_they_become_final(server, open_page, engine, monkeypat
     page = open_page(server)
     page.locator(".card .facts", has_text="base, step").wait_for()
     frames = engine.generate("a", seed=1).frames
-    progress = {"stage": "ssr", "step": 1, "steps": 2, "frames_final": 4, "num_frames": 8, "seconds_left": 3.2,
-                "percent": 88}  # fmt: skip
+    progress = {"stage": "ssr", "stage_index": 1, "num_stages": 2, "step": 1, "steps": 2, "frames_final": 4,
+                "num_frames": 8, "seconds_left": 3.2, "percent": 88}  # fmt: skip
     for index in range(4):
         server.service.hub.publish(id, "preview", {"frame": index, "image": preview_url(frames[index])})
     # Marks stay: those of another stage's frames, which are not the clip's, would be seen.
-    server.service.hub.publish(id, "progress", {**progress, "stage": "base", "frames_final": 6})
+    server.service.hub.publish(id, "progress", {**progress, "stage": "base", "stage_index": 0, "frames_final": 6})
     server.service.hub.publish(id, "progress", progress)
     sync_api.expect(page.locator(".card .film .final")).to_have_count(4)
     assert page.locator(".card .film span").count() == 8
@@ -387,3 +390,91 @@ def test_on_a_telephone(server, open_page):
     page.locator(".card img.still").wait_for()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
     shoot(page, "telephone")
+
+
+# ---- other models ----------------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_model_takes_is_offered(shift_server, open_page):
+    page = open_page(shift_server)
+    sync_api.expect(page.locator("#model-name")).to_have_text("tiny-sd")
+    assert page.get_by_label("Application").locator("option").all_text_contents() == ["Text to video", "Video to video"]
+    sync_api.expect(page.locator("#style-row")).to_be_hidden()
+    page.get_by_label("Application").select_option("video")
+    sync_api.expect(page.get_by_label("Change")).to_be_visible()
+
+
+def test_stages_follow_each_other(shift_server, open_page):
+    id = shift_server.create(num_inference_steps=500)
+    shift_server.wait(id, "in_progress")
+    page = open_page(shift_server)
+    facts = page.locator(".card .facts")
+    sync_api.expect(facts).to_contain_text("unet, step")
+    sync_api.expect(facts).to_contain_text("stage 1 of 2")
+    progress = {"num_frames": 16, "seconds_left": 200.0, "percent": 99, "num_stages": 2}
+    decoder = {"stage": "decoder", "stage_index": 1, "step": 2, "steps": 8, "frames_final": 4}
+    shift_server.service.hub.publish(id, "progress", {**progress, **decoder})
+    sync_api.expect(facts).to_have_text("decoder, 4 of 16 frames final · 3 min left · stage 2 of 2")
+    # A report of a stage before, which runs on beside it, does not take its place.
+    unet = {"stage": "unet", "stage_index": 0, "step": 400, "steps": 500, "frames_final": 0}
+    shift_server.service.hub.publish(id, "progress", {**progress, **unet, "percent": 98})
+    sync_api.expect(page.locator(".card .badge")).to_have_text("98 %")
+    sync_api.expect(facts).to_contain_text("decoder, 4 of 16")
+    shoot(page, "stages")
+
+
+def test_a_lora_is_chosen_and_used_again(shift_server, open_page):
+    page = open_page(shift_server)
+    sync_api.expect(page.locator("#model-name")).to_have_text("tiny-sd")
+    page.get_by_label("Prompt").fill("a dog")
+    page.get_by_text("More options").click()
+    page.get_by_label("Steps").fill("2")
+    page.locator("#num_frames").fill("2")
+    amount = page.get_by_label("Amount")
+    sync_api.expect(amount).to_be_hidden()
+    page.get_by_label("LoRA").select_option("look")
+    amount.fill("0.35")
+    shoot(page, "lora")
+    job = submitted(shift_server, page)
+    assert job.request["lora"] == ["look:0.35"]
+    sync_api.expect(page.locator(".card .facts").first).to_contain_text("LoRA look:0.35")
+    page.reload()
+    page.get_by_role("button", name="Use again").click()
+    assert page.get_by_label("LoRA").input_value() == "look" and amount.input_value() == "0.35"
+
+    # What the slider does not hold is kept as it was.
+    several = ["look:0.333", "Ink wash.v2"]
+    id = shift_server.create(lora=several, num_frames=2, num_inference_steps=2)
+    shift_server.wait(id)
+    page.reload()
+    page.get_by_role("button", name="Use again").first.click()
+    sync_api.expect(amount).to_be_hidden()
+    assert submitted(shift_server, page).request["lora"] == several
+    page.get_by_label("LoRA").select_option("")
+    assert "lora" not in submitted(shift_server, page).request
+
+
+def test_pictures(serve, sd_folder, open_page, tmp_path):
+    """Without the shift the folder makes single pictures: shown at once, saved as PNG."""
+    with Engine.load(sd_folder, precision="fp32") as engine:
+        server = serve(engine=engine)
+        page = open_page(server)
+        sync_api.expect(page.get_by_role("heading", name="What should it show?")).to_be_visible()
+        sync_api.expect(page.locator("#length")).to_have_text("1 frame")
+        page.get_by_label("Prompt").fill("a dog")
+        page.get_by_label("Seed").fill("7")
+        page.get_by_text("More options").click()
+        page.get_by_label("Steps").fill("2")
+        page.get_by_role("button", name="Make a picture").click()
+        card = page.locator(".card.is-completed")
+        card.locator("img.still").wait_for()
+        sync_api.expect(card.get_by_role("button", name="Play")).to_have_count(0)
+        sync_api.expect(card.locator(".facts")).to_have_text("16 × 16 · seed 7")
+        with page.expect_download() as download:
+            card.locator(".download").click()
+        assert download.value.suggested_filename == "a-dog-7.png"
+        download.value.save_as(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as image:
+            expected = engine.generate("a dog", seed=7, num_inference_steps=2).frames[0]
+            assert (np.asarray(image) == expected).all()
+        shoot(page, "pictures")

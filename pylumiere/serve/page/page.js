@@ -129,7 +129,7 @@ class Card {
     this.part("error").textContent = video.error ? video.error.message : "";
     if (status !== "in_progress") {
       this.part("film").replaceChildren();
-      this.part("facts").textContent = this.facts();
+      this.tell(this.facts());
     }
     if (status === "completed") this.showThumbnail();
   }
@@ -141,7 +141,14 @@ class Card {
     return [
       application === "text to video" ? "" : application, style ? `style ${style}` : "", lora.length ? `LoRA ${lora.join(" + ")}` : "",
       this.isPicture ? "" : `${Number(seconds)} s`, size.replace("x", " × "), `seed ${seed}`,
-    ].filter(Boolean).join(" · ");
+    ].filter(Boolean);
+  }
+
+  // A line breaks between parts first.
+  tell(parts) {
+    const texts = parts.map((text, index) => (index < parts.length - 1 ? `${text} ·` : text));
+    const spans = texts.map((textContent) => Object.assign(document.createElement("span"), { textContent }));
+    this.part("facts").replaceChildren(...spans.flatMap((span) => [span, " "]));
   }
 
   async showThumbnail() {
@@ -246,13 +253,14 @@ class Card {
     this.part("badge").textContent = `${percent} %`;
     if (stage_index < this.stage) return; // a later stage runs beside this one, and is nearer to the end
     this.stage = stage_index;
-    const showsFinal = stage_index === num_stages - 1 && frames_final > 0; // other stages' frames are not the clip's
+    // Other stages' frames are not the clip's.
+    const showsFinal = stage_index === num_stages - 1 && frames_final > 0 && !this.isPicture;
     const parts = showsFinal
       ? [`${stage}, ${frames_final} of ${num_frames} frames final`]
       : [`${stage}, step ${step} of ${steps}`];
     if (seconds_left !== null && seconds_left >= 1) parts.push(timeLeft(seconds_left));
     if (num_stages > 1) parts.push(`stage ${stage_index + 1} of ${num_stages}`);
-    this.part("facts").textContent = parts.join(" · ");
+    this.tell(parts);
     if (showsFinal) {
       this.node.querySelector("progress").hidden = true;
       const film = this.part("film");
@@ -354,6 +362,7 @@ function fillForm() {
   set("guidance_scale", { placeholder: defaults.guidance_scale });
   $("model-name").textContent = model.id;
   if (defaults.num_frames === 1) {
+    $("application").options[0].text = "Text to picture";
     $("composer-title").textContent = "What should it show?";
     $("submit").textContent = "Make a picture";
     $("empty").textContent = "Nothing here yet. Describe a thing.";
@@ -365,6 +374,7 @@ function fillForm() {
 function showLength() {
   const frames = Number($("num_frames").value);
   $("length").textContent = frames === 1 ? "1 frame" : `${Math.round(frames / model.defaults.fps * 100) / 100} s`;
+  $("loop-field").hidden = frames === 1;
   $("num_frames").setAttribute("aria-valuetext", frames === 1 ? "1 frame" : `${$("length").textContent}, ${frames} frames`);
 }
 $("num_frames").addEventListener("input", showLength);
@@ -415,7 +425,8 @@ function setLora(entries) {
 function chosenLoras() {
   const { value, dataset } = $("lora").selectedOptions[0];
   if (dataset.entries) return JSON.parse(dataset.entries);
-  return value ? [`${value}:${$("lora-amount").value}`] : [];
+  const amount = Number($("lora-amount").value);
+  return value ? [amount === 1 ? value : `${value}:${amount}`] : [];
 }
 
 // ---- pictures, clips and masks ------------------------------------------------------------------------------------
@@ -596,7 +607,7 @@ $("form").addEventListener("submit", async (event) => {
   }
   if ($("style").value) { form.append("style", $("style").value); form.append("style_strength", $("style_strength").value); }
   for (const entry of chosenLoras()) form.append("lora[]", entry);
-  if ($("loop").checked) form.append("loop", "true");
+  if ($("loop").checked && !$("loop-field").hidden) form.append("loop", "true");
   $("submit").disabled = true;
   try {
     const card = place(await json("/v1/videos", { method: "POST", body: form }), true);

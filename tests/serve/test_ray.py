@@ -185,6 +185,29 @@ def test_windows_of_one_clip_are_spread(url, model, engine, tmp_path):
         serve.delete("spread")
 
 
+def test_a_folder_with_the_shift_and_loras_over_ray(url, sd_folder, shift_engine, loras, tmp_path):
+    """In an application of its own. A LoRA's name becomes a file in the replica."""
+    from pylumiere.serve.ray_app import build
+
+    arguments = {"model": str(sd_folder), "data": str(tmp_path / "data"), "replicas": "1", "num_cpus": "0.2",
+                 "precision": "fp32", "temporal_shift": "8", "loras": str(loras)}  # fmt: skip
+    serve.run(build(arguments), name="folder", route_prefix="/folder")
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/folder/v1", api_key="any")
+        assert client.models.list().data[0].loras == ["Ink wash.v2", "look", "other"]
+        fields = {"num_frames": 3, "num_inference_steps": 2, "seed": 7}
+        video = client.videos.create_and_poll(prompt="a dog", extra_body={"lora": "look:0.5", **fields})
+        assert video.status == "completed", video.error
+        shift_engine.generate("a dog", lora=f"{loras / 'look.safetensors'}:0.5", **fields).save(tmp_path / "a.mp4")
+        assert client.videos.download_content(video.id).read() == (tmp_path / "a.mp4").read_bytes()
+        with pytest.raises(openai.BadRequestError, match="this server has Ink wash.v2, look, other"):
+            client.videos.create(prompt="a dog", extra_body={"lora": "/etc/passwd"})
+        other = client.videos.create_and_poll(prompt="a dog", extra_body={"lora": "other", **fields})
+        assert other.status == "failed" and other.error.message.startswith("lora='other' was made for another model")
+    finally:
+        serve.delete("folder")
+
+
 def test_arguments_are_checked():
     from pylumiere.serve.ray_app import RayOptions
 
@@ -193,3 +216,4 @@ def test_arguments_are_checked():
     with pytest.raises(InvalidRequest, match="number"):
         RayOptions.parse({"replicas": "many"})
     assert RayOptions.parse({"replicas": "3", "num_cpus": "0.5"}).replicas == 3
+    assert RayOptions.parse({"temporal_shift": "8"}).temporal_shift == 8

@@ -104,9 +104,10 @@ def test_given_pixels_reach_the_model(tiny, folder):
     half[:, 16:] = 255
     Video(half, 16).save("mask")
     Video(half[:, :12], 16).save("wide")
-    network = model_preset("tiny").base.network
+    network = model_preset("tiny").first.network
     weight = random_weights(network, 7)["conv_out.weight"]
-    save_style("style.safetensors", {"conv_out.weight": weight}, network, fingerprint(load_checkpoint(Path(tiny)).base))
+    base = load_checkpoint(Path(tiny)).weights["base"]
+    save_style("style.safetensors", {"conv_out.weight": weight}, network, fingerprint(base))
     assert generate(tiny, "-o", "plain") == 0
     seen = [read_video("plain").frames]
     for name, arguments in {
@@ -337,7 +338,7 @@ def test_bars_show_both_stages_and_the_time_left(tiny, folder, monkeypatch):
     with Bars() as bars:
         for stage, left in (("base", 12.4), ("ssr", 3.0)):
             bars.callback(SimpleNamespace(stage=stage, step=2, steps=5, seconds_left=left))
-    for text in ("base", "super-resolution", "2/5", "12 s left", "3 s left"):
+    for text in ("base", "ssr", "2/5", "12 s left", "3 s left"):
         assert text in terminal.text
 
 

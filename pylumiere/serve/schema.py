@@ -342,12 +342,13 @@ class DeletedVideo(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """OpenAI's model object; `defaults`, `limits` and `styles` are this project's."""
+    """OpenAI's model object; `stages`, `defaults`, `limits` and `styles` are this project's."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "pylumiere"
+    stages: list[str] = Field(description="Names that progress tells of, in their order; the last makes the frames.")
     defaults: dict[str, Any]
     limits: dict[str, Any]
     styles: list[str]

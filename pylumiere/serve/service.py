@@ -298,7 +298,7 @@ class Service:
         height, width = self.config.size
         network, sampling = self.config.first.network, self.config.first.sampling
         return ModelObject(
-            id=name, created=self.created,
+            id=name, created=self.created, stages=list(self.config.networks),
             defaults={
                 "num_frames": network.num_frames, "fps": self.config.fps,
                 "seconds": network.num_frames / self.config.fps, "size": f"{width}x{height}",

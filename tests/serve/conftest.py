@@ -39,9 +39,11 @@ SLOW = {"num_inference_steps": 1000}  # a clip that is still running when it is 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The tiny model, with a style "bold"."""
-    folder, network = write_random_model(tmp_path_factory.mktemp("model")), model_preset("tiny").base.network
+    folder, network = write_random_model(tmp_path_factory.mktemp("model")), model_preset("tiny").first.network
     other = {"conv_out.weight": random_weights(network, 5)["conv_out.weight"]}
-    save_style(folder / "styles" / "bold.safetensors", other, network, fingerprint(load_checkpoint(folder).base))
+    save_style(
+        folder / "styles" / "bold.safetensors", other, network, fingerprint(load_checkpoint(folder).weights["base"])
+    )
     return folder
 
 

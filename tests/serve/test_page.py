@@ -101,7 +101,7 @@ def test_progress_final_frames_and_cancel(server, open_page):
     page.get_by_label("Steps").fill("1000")
     page.get_by_role("button", name="Make a clip").click()
     facts = page.locator(".card .facts")
-    sync_api.expect(facts).to_contain_text("motion, step")
+    sync_api.expect(facts).to_contain_text("base, step")
     sync_api.expect(page.locator("#queue")).to_have_text("1 in progress")
     page.get_by_role("button", name="Cancel: something slow").click()
     sync_api.expect(page.locator("#announce")).to_contain_text("Cancelled")
@@ -112,7 +112,7 @@ def test_progress_final_frames_and_cancel(server, open_page):
     server.wait(id, "in_progress")
     page.reload()
     card = page.locator(f'.card[data-id="{id}"]')
-    sync_api.expect(card.locator(".facts")).to_contain_text("motion, step")
+    sync_api.expect(card.locator(".facts")).to_contain_text("base, step")
     server.http.delete(f"/v1/videos/{id}")
     sync_api.expect(card).to_have_count(0)
 
@@ -123,13 +123,17 @@ def test_frames_appear_as_they_become_final(server, open_page, engine, monkeypat
     id = server.create(**SLOW)
     server.wait(id, "in_progress")
     page = open_page(server)
-    page.locator(".card .facts", has_text="motion, step").wait_for()
+    page.locator(".card .facts", has_text="base, step").wait_for()
     frames = engine.generate("a", seed=1).frames
     progress = {"stage": "ssr", "step": 1, "steps": 2, "frames_final": 4, "num_frames": 8, "seconds_left": 3.2,
                 "percent": 88}  # fmt: skip
     for index in range(4):
         server.service.hub.publish(id, "preview", {"frame": index, "image": preview_url(frames[index])})
+    # Marks stay: those of another stage's frames, which are not the clip's, would be seen.
+    server.service.hub.publish(id, "progress", {**progress, "stage": "base", "frames_final": 6})
     server.service.hub.publish(id, "progress", progress)
+    sync_api.expect(page.locator(".card .film .final")).to_have_count(4)
+    assert page.locator(".card .film span").count() == 8
     sync_api.expect(page.locator(".card img.still")).to_be_visible()
     assert page.locator(".card img.still").get_attribute("src").startswith("data:image/jpeg;base64,")
     shoot(page, "running")

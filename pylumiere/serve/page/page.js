@@ -237,12 +237,13 @@ class Card {
     this.video.progress = percent;
     this.node.querySelector("progress").value = percent;
     this.part("badge").textContent = `${percent} %`;
-    const parts = frames_final > 0 && frames_final < num_frames
+    const showsFinal = stage === model.stages.at(-1) && frames_final > 0; // other stages' frames are not the clip's
+    const parts = showsFinal
       ? [`${stage}, ${frames_final} of ${num_frames} frames final`]
       : [`${stage}, step ${step} of ${steps}`];
     if (seconds_left !== null && seconds_left >= 1) parts.push(`${Math.ceil(seconds_left)} s left`);
     this.part("facts").textContent = parts.join(" · ");
-    if (frames_final > 0 && frames_final < num_frames) {
+    if (showsFinal) {
       this.node.querySelector("progress").hidden = true;
       const film = this.part("film");
       while (film.childElementCount < num_frames) film.append(document.createElement("span"));

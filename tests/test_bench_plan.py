@@ -42,10 +42,13 @@ def test_parameters_are_those_of_the_shipped_networks():
 
 
 def test_a_decoder_is_a_stage_whose_calls_are_groups_of_frames(tmp_path):
-    unet, decoder = plan_clip(str(write_random_model(tmp_path / "latent", latent_config())), frames=6).stages
+    folder = str(write_random_model(tmp_path / "latent", latent_config()))
+    unet, decoder = plan_clip(folder, frames=6).stages
     assert (unet.name, unet.calls, unet.rows) == ("unet", 3 * 2, 2), "two windows of 4 frames"
     assert (decoder.name, decoder.calls, decoder.rows) == ("decoder", 3, 2)
     assert decoder.network.weight_bytes == 4 * decoder.network.parameters, "it is computed in float32"
+    tiled = plan_clip(folder, frames=6, size=32).stages[1]
+    assert tiled.calls == 3 * 4 and tiled.network == decoder.network, "tiles of 8 x 8 latents, 2 a side"
 
 
 def test_longer_clips_are_counted_in_the_windows_of_the_engine():

@@ -16,8 +16,8 @@ from pylumiere.backends.artefacts import Selection, choose_from_bundle
 from pylumiere.backends.choice import Choice, choose
 from pylumiere.checkpoints.bundle import Bundle, is_bundle, open_bundle
 from pylumiere.checkpoints.diffusers import DiffusersFolder, is_diffusers_folder, read_diffusers_folder
-from pylumiere.checkpoints.native import SHIPPED, Checkpoint, find_model, load_checkpoint, read_weights
-from pylumiere.config import TemporalShiftConfig
+from pylumiere.checkpoints.native import SHIPPED, Checkpoint, find_model, load_checkpoint, read_config, read_weights
+from pylumiere.config import ModelConfig, TemporalShiftConfig
 from pylumiere.errors import BundleError, InvalidRequest
 from pylumiere.networks.text import HashEncoder, MiniLMEncoder, TextEncoder
 
@@ -125,6 +125,19 @@ def load_model(
         raise BundleError(f"model {str(source)!r} is no bundle, and only a bundle can be signed; drop the trusted key")
     choice = choose(backend, device, precision)
     return load_checkpoint(find_model(source)), choice
+
+
+def model_config(source: str | PathLike) -> ModelConfig:
+    """The configuration of what `load_model` loads; weights are not read, and a bundle's hashes not checked.
+
+    Raises:
+        BundleError: see `load_model`.
+    """
+    if str(source) not in SHIPPED and is_diffusers_folder(source):
+        return read_diffusers_folder(source).config
+    if str(source) not in SHIPPED and is_bundle(source):
+        return open_bundle(source, check_hashes=False).config
+    return read_config(find_model(source))
 
 
 def shift_config(value: Any) -> TemporalShiftConfig | None:

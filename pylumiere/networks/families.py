@@ -114,6 +114,13 @@ def build_network(config: AnyConfig, weights: dict[str, torch.Tensor] | None = N
     return network.eval().requires_grad_(False)
 
 
+def computing_dtype(config: AnyConfig, dtype: torch.dtype) -> torch.dtype:
+    """What a network computes in, where an engine's other networks compute in `dtype`."""
+    import torch
+
+    return torch.float32 if getattr(config, "force_upcast", False) else dtype
+
+
 def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a network, without allocating it."""
     return {name: tuple(tensor.shape) for name, tensor in build_network(config).state_dict().items()}

@@ -1,4 +1,4 @@
-"""`export`, `inspect`, `verify` and `keygen`: bundles and their keys."""
+"""`export`, `inspect`, `verify` and `keygen`: bundles and their keys; `inspect` also looks at model folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from pylumiere.cli.console import absolute, print_table
 from pylumiere.cli.options import Backend, Json, Key, Precision, parse_size
+from pylumiere.errors import InvalidRequest
 
 _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.plm.")]
 
@@ -44,22 +45,37 @@ def export_model(
     print(json.dumps(report) if as_json else to_text(report))
 
 
-def inspect_bundle(
-    path: _Bundle,
+def inspect_model(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A bundle, a shipped model's name, a model folder, or a folder of diffusers."
+        ),
+    ],
     key: Key = None,
     sku: Annotated[str | None, typer.Option(help="Ask for this card instead of this machine, such as rtx4090.")] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
-    """Says what is in a bundle, what would run here, and why; checks hashes first."""
-    from pylumiere.inspecting import inspect, inspect_tables
+    """Says what is in a bundle or a model folder, what would run here, and why; checks a bundle's hashes first."""
+    from pylumiere.checkpoints.bundle import is_bundle
+    from pylumiere.checkpoints.native import SHIPPED
+    from pylumiere.inspecting import describe_model, inspect, inspect_tables, model_tables
 
-    report = inspect(path, key, sku, backend, precision)
+    if path not in SHIPPED and is_bundle(path):
+        report = inspect(path, key, sku, backend, precision)
+        parts = inspect_tables(report)
+    else:
+        for option, value in (("--key", key), ("--sku", sku)):
+            if value is not None:
+                raise InvalidRequest(f"{option} is for bundles, and {path!r} is none")
+        report = describe_model(path, backend, precision)
+        parts = model_tables(report)
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    for part in inspect_tables(report):
+    for part in parts:
         print_table(part)
 
 

@@ -118,3 +118,11 @@ def test_mistakes_are_errors(tmp_path):
         describe_model(tmp_path)
     with pytest.raises(UnsupportedDevice, match="precision 'int8' is unknown"):
         describe_model("demo", precision="int8")
+
+
+def test_doctor_looks_at_a_model_too(diffusers_folder, capsys):
+    assert main(["doctor", str(diffusers_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["findings"] and report["model"] == json.loads(json.dumps(describe_model(diffusers_folder)))
+    assert main(["doctor", str(diffusers_folder / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -483,7 +483,7 @@ class Engine:
 
     def _queue(self, request, order, metadata, timeout=None, buffer_frames=None) -> Job:
         for stage in order.stages:
-            self._backend.check(stage.name, (1, stage.windows.call_frames, *stage.input_shape))
+            self._backend.check(stage.name, (1, *stage.call_sizes[1:], stage.input_shape[2]))
         job = Job(self._scheduler, request, order, metadata, buffer_frames=buffer_frames, timeout=timeout,
                   keep_alive=self)  # fmt: skip
         self._scheduler.submit(job, self._need(order, request, buffer_frames))

@@ -13,7 +13,7 @@ from pylumiere.checkpoints.bundle import Artefact, Bundle, open_bundle
 from pylumiere.checkpoints.diffusers import is_diffusers_folder, list_components
 from pylumiere.checkpoints.native import find_model
 from pylumiere.errors import BundleError, IntegrityError, UnsupportedDevice
-from pylumiere.loading import model_config
+from pylumiere.loading import clip_config, clip_encoder, model_config
 from pylumiere.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -333,10 +333,13 @@ def _eager(bundle: Bundle, artefact: Artefact):
     from pylumiere.checkpoints.native import read_weights
     from pylumiere.networks.families import build_network
 
+    text = bundle.manifest.text
+    if artefact.stage == "text" and text.kind == "clip":
+        model = clip_encoder(bundle).model
+        return lambda input_ids, **mask: model(input_ids)  # it attends to all
     if artefact.stage == "text":
         from pylumiere.networks.text import MiniLMEncoder
 
-        text = bundle.manifest.text
         encoder = MiniLMEncoder(bundle.config.text_tokens, bundle.read(text.tokenizer), bundle.read(text.weights))
         return lambda input_ids, attention_mask: encoder._forward(input_ids, attention_mask.bool())
     config = bundle.config.networks[artefact.stage]
@@ -360,7 +363,8 @@ def _operand(bundle: Bundle, name: str, dtype: torch.dtype, shape: tuple[int, ..
             kept[:, shape[1] // 2 + 1 :] = False
         return kept.to(dtype)
     if name == "input_ids":
-        return torch.randint(0, 1000, shape, generator=generator).to(dtype)
+        known = clip_config(bundle).vocab_size if bundle.manifest.text.kind == "clip" else 1000
+        return torch.randint(0, known, shape, generator=generator).to(dtype)
     if name == "timesteps":
         last = bundle.config.first.schedule.num_train_timesteps
         return (torch.rand(shape, generator=generator) * last).to(dtype)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pylumiere.cli.console import absolute, print_table
-from pylumiere.cli.options import Backend, Json, Key, Precision, parse_size
+from pylumiere.cli.options import Backend, Json, Key, Precision, TemporalShift, parse_size
 from pylumiere.errors import InvalidRequest
 
 _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.plm.")]
@@ -17,7 +17,7 @@ _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.pl
 
 def export_model(
     output: Annotated[str, typer.Option("-o", "--output", help="The bundle: NAME.plm.")],
-    model: Annotated[str, typer.Option(help="A shipped model's name (demo), a model folder, or a bundle.")] = "demo",
+    model: Annotated[str, typer.Option(help="A shipped model's name (demo), a model's folder, or a bundle.")] = "demo",
     sku: Annotated[list[str] | None, typer.Option(help="rtx4090, h100, sm_89, ..., all, this; repeatable.")] = None,
     precision: Annotated[str, typer.Option(help="Of plans and cubins: auto, fp16, bf16 or fp32.")] = "auto",
     batch: Annotated[int, typer.Option(help="Largest batch; 2 is one clip with guidance.")] = 2,
@@ -25,6 +25,7 @@ def export_model(
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT of a clip; repeatable.")] = None,
     per_sm: Annotated[bool, typer.Option("--per-sm", help="A plan per GPU kind beside the portable one.")] = False,
     memory_budget: Annotated[str | None, typer.Option(help="Workspace of a layer at most, such as 2GiB.")] = None,
+    temporal_shift: TemporalShift = None,
     sign: Annotated[str | None, typer.Option(help="Private Ed25519 key in PEM; see keygen.")] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes at once.")] = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
@@ -41,7 +42,8 @@ def export_model(
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget), jobs=jobs,
     )  # fmt: skip
     with Bars() as bars:
-        report = export_bundle(model, output, options, force=force, sign_key=sign, on_progress=bars.update)
+        report = export_bundle(model, output, options, force=force, sign_key=sign,
+                               temporal_shift=temporal_shift, on_progress=bars.update)  # fmt: skip
     print(json.dumps(report) if as_json else to_text(report))
 
 

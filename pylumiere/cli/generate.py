@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from pylumiere.cli.console import Bars, absolute
-from pylumiere.cli.options import Backend, Device, Json, Key, Model, Overlap, Precision, Window, parse_size
+from pylumiere.cli.options import (
+    Backend,
+    Device,
+    Json,
+    Key,
+    Model,
+    Overlap,
+    Precision,
+    TemporalShift,
+    Window,
+    parse_size,
+)
 from pylumiere.errors import InvalidRequest
 
 DEFAULT_OUTPUT = "clip.mp4"
@@ -59,10 +70,7 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:STRENGTH]...", help="LoRA files; several are applied in order.")
     ] = None,
-    temporal_shift: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="For a picture model: a clip by shifting 1/N of the channels each way; 8."),
-    ] = None,
+    temporal_shift: TemporalShift = None,
     loop: Annotated[bool, typer.Option("--loop", help="The last frame runs into the first.")] = False,
     window: Window = None,
     overlap: Overlap = None,

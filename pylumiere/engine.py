@@ -445,7 +445,12 @@ class Engine:
 
     def styles(self) -> list[str]:
         """Names of the styles that the model brings; none where the backend cannot change weights."""
-        return style_names(self._folder) if getattr(self._backend, "takes_styles", False) else []
+        return style_names(self._folder) if self.takes_adapters else []
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether requests may have a style or LoRA files: not where the backend holds graphs with their weights."""
+        return getattr(self._backend, "takes_styles", False)
 
     def _adapters(self, plan: Plan) -> AdapterChoice | None:
         """Other weights for the first stage: the request's style, then its LoRA files."""
@@ -457,7 +462,7 @@ class Engine:
 
     def _adapter(self, kind: str, source: str) -> Adapter:
         """A style or a LoRA file, read once as long as it stays the same."""
-        if not getattr(self._backend, "takes_styles", False):
+        if not self.takes_adapters:
             raise InvalidRequest(
                 f"{kind}={source!r}: the {self._choice.backend} backend holds a graph with its weights inside; "
                 "load the model with backend='torch'"

@@ -13,7 +13,7 @@ from pylumiere.checkpoints.bundle import Artefact, Bundle, open_bundle
 from pylumiere.checkpoints.diffusers import is_diffusers_folder, list_components
 from pylumiere.checkpoints.native import find_model
 from pylumiere.errors import BundleError, IntegrityError, UnsupportedDevice
-from pylumiere.loading import clip_config, clip_encoder, model_config
+from pylumiere.loading import clip_config, clip_encoder, read_model_config
 from pylumiere.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def describe_model(source: str | PathLike, backend: str = "auto", precision: str
         problems = (f"{name}: {entry['problem']}" for name, entry in components.items() if entry["problem"])
         report["problem"] = next(problems, None)
     try:
-        config = model_config(source)
+        config = read_model_config(source, check_hashes=False)
     except BundleError as error:
         if "components" not in report:
             raise

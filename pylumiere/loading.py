@@ -179,16 +179,15 @@ def load_model(
     return load_checkpoint(find_model(source)), choice
 
 
-def model_config(source: str | PathLike) -> ModelConfig:
-    """The configuration of what `load_model` loads; weights are not read, and a bundle's hashes not checked.
-
-    Raises:
-        BundleError: see `load_model`.
-    """
+def read_model_config(
+    source: str | PathLike, trusted_key: Any = None, temporal_shift: Any = None, *, check_hashes: bool = True
+) -> ModelConfig:
+    """What a model is, without its weights. Arguments and errors are those of `load_model`; the hashes of a bundle's
+    files may be left to who reads them."""
     if str(source) not in SHIPPED and is_diffusers_folder(source):
-        return read_diffusers_folder(source).config
+        return read_diffusers_folder(source, temporal_shift=shift_config(temporal_shift)).config
     if str(source) not in SHIPPED and is_bundle(source):
-        return open_bundle(source, check_hashes=False).config
+        return open_bundle(source, trusted_key, check_hashes=check_hashes).config
     return read_config(find_model(source))
 
 

@@ -101,7 +101,7 @@ VERBS = {
     "--style-strength --loop --window --overlap --stream --sheet --json",
     "upscale": "source -o --output --model --backend --device --precision --key --steps --seed --fps --window "
     "--overlap --loop --sheet --json",
-    "doctor": "--json",
+    "doctor": "model --json",
     "serve": "--model --host --port --data --api-keys --alias --backend --device --precision --key --memory-budget "
     "--concurrency --queue-limit --max-body --max-pixels --max-decoded --max-frames --deadline --keep-for --keep-size",
     "serve-key": "name --file --jobs --requests-per-minute",

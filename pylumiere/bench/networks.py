@@ -33,7 +33,7 @@ from pylumiere.bench.predict import OTHER, Measured
 from pylumiere.bench.rivals import FAMILIES, Missing, Operands, Wrapped, make_rivals, side_by_side
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import DECODER, ModelConfig
-from pylumiere.loading import load_model, model_config
+from pylumiere.loading import load_model, read_model_config
 from pylumiere.networks.families import AnyConfig, build_network
 
 ROWS = 2
@@ -144,7 +144,7 @@ def run(
     check_names("--vs", families, FAMILIES)
     check_names("--precision", precisions, ALLOWED)
     earlier = comparison.read(against) if against else None
-    known = tuple(model_config(model).networks)
+    known = tuple(read_model_config(model, check_hashes=False).networks)
     check_names("--stage", stages, known)
     found, _ = load_model(model, "torch", "cpu", "fp32")
     checkpoint = found if isinstance(found, Checkpoint) else found.checkpoint()

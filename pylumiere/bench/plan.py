@@ -24,7 +24,7 @@ from pylumiere.config import ModelConfig, StageConfig
 from pylumiere.diffusion.plan import DecoderPlan, StagePlan, plan_request
 from pylumiere.errors import InvalidRequest
 from pylumiere.kernels.cost import Cost
-from pylumiere.loading import model_config
+from pylumiere.loading import read_model_config
 from pylumiere.networks.families import AnyConfig, build_network, computing_dtype, family_of
 from pylumiere.networks.ops import PlainOps
 from pylumiere.networks.stunet import presets as stunet
@@ -213,7 +213,7 @@ def find_config(model: str) -> ModelConfig:
     if model not in SHIPPED and not Path(model).exists():
         names = ", ".join((*stunet.MODELS, *unet.MODELS))
         raise InvalidRequest(f"--model {model!r} is no folder and not one of {names}")
-    return model_config(model)
+    return read_model_config(model, check_hashes=False)
 
 
 def plan_clip(

@@ -29,7 +29,7 @@ _OPTIONS = {
     "negative_prompt": "--negative", "num_frames": "--frames", "height": "--size (height)", "width": "--size (width)",
     "num_inference_steps": "--steps", "guidance_scale": "--guidance", "window_frames": "--window",
     "window_overlap": "--overlap",
-    "style_strength": "--style-strength",
+    "style_strength": "--style-strength", "temporal_shift": "--temporal-shift",
     **{name: f"--{name}" for name in ("fps", "seed", "sampler", "image", "video", "mask", "strength")},
     **{name: f"--{name}" for name in ("keyframes", "expand", "fit", "style", "loop")},
 }  # fmt: skip

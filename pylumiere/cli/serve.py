@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pylumiere.cli.options import Backend, Device, Key, Model, Precision
+from pylumiere.cli.options import Backend, Device, Key, Model, Precision, TemporalShift
 from pylumiere.errors import InvalidRequest
 
 
@@ -24,6 +24,8 @@ def serve(
     device: Device = "auto",
     precision: Precision = "auto",
     key: Key = None,
+    temporal_shift: TemporalShift = None,
+    loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that requests may name.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Of the engine, such as 4GiB.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Jobs in the engine at once.")] = 4,
     queue_limit: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs that wait; more get 429.")] = 256,
@@ -53,7 +55,8 @@ def serve(
     )  # fmt: skip
     options = ServeOptions(
         model=model, aliases=tuple(alias or ()), host=host, port=port, data=data, api_keys=api_keys, backend=backend,
-        device=device, precision=precision, trusted_key=key, concurrency=concurrency, limits=limits,
+        device=device, precision=precision, trusted_key=key, temporal_shift=temporal_shift, loras=loras,
+        concurrency=concurrency, limits=limits,
         memory_budget=None if memory_budget is None else parse_bytes("--memory-budget", memory_budget),
         keep_seconds=None if keep_for is None else parse_seconds("--keep-for", keep_for),
         keep_bytes=None if keep_size is None else parse_bytes("--keep-size", keep_size),

@@ -23,7 +23,7 @@ import numpy as np
 from pylumiere.checkpoints.adapters import AdapterChoice
 from pylumiere.config import DECODER, DecoderConfig, DecodingConfig, ModelConfig, NetworkConfig, StageConfig
 from pylumiere.diffusion.samplers import SamplerTable, table_for
-from pylumiere.diffusion.tasks import Task, make_task
+from pylumiere.diffusion.tasks import FREE, GIVEN, Task, make_task
 from pylumiere.diffusion.windows import WindowPlan
 from pylumiere.errors import InvalidRequest
 from pylumiere.media.fitting import Frame, fit
@@ -264,6 +264,11 @@ def _stage(stage: StageConfig, index: int, height: int, width: int, windows: Win
         stage.name, max(0, 2 * index - 1), stage.network, table, windows, height, width, guidance,
         sampling.guidance_rescale, stage.schedule.clip, sampling.threshold_percentile, stage.augmentation,
     )  # fmt: skip
+
+
+def applications(config: ModelConfig) -> tuple[str, ...]:
+    """The applications that a model takes, by `Task.name`."""
+    return (*FREE, *GIVEN) if config.first.network.takes_given else FREE
 
 
 def _check_task(task: Task, config: ModelConfig) -> None:

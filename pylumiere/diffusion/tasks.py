@@ -27,6 +27,10 @@ from pylumiere.errors import InvalidRequest
 from pylumiere.media.fitting import Fitted, Kept
 from pylumiere.request import GenerationRequest
 
+# Names of applications: those that need no network with channels for C and M, and those that do.
+FREE = ("text to video", "video to video")
+GIVEN = ("image to video", "keyframes", "cinemagraph", "inpainting", "outpainting")
+
 
 @dataclass(frozen=True)
 class Task:

@@ -4,6 +4,7 @@
     store.py    jobs in SQLite, results as files; what survives a kill
     jobs.py     takes jobs from the store, runs them on a worker, writes the results
     hub.py      progress and preview frames to whoever listens
+    loras.py    the files that requests name
     gate.py     before any route: keys, limits of bodies and rates, headers
     service.py  what the routes do: requests become jobs, jobs become answers
     incoming.py a request's key, fields and files

@@ -82,6 +82,12 @@ async def _fields(request: Request, allowed: tuple[str, ...], limits: Limits) ->
                     raise _given_twice(name)
                 files[name] = await value.read()
                 continue
+            if name.endswith("[]"):  # how OpenAI's client writes a list into a form
+                values = fields.setdefault(name[:-2], [])
+                if not isinstance(values, list):
+                    raise _given_twice(name[:-2])
+                values.append(value)
+                continue
             nested = re.fullmatch(r"(\w+)\[(-?\w+)\]", name)  # how OpenAI's client writes an object into a form
             target = fields.setdefault(nested[1], {}) if nested else fields
             name = nested[2] if nested else name

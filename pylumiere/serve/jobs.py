@@ -10,8 +10,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from pylumiere.diffusion.windows import NonFiniteOutput
@@ -22,6 +23,7 @@ from pylumiere.media.writers import VideoWriter
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import media, schema
 from pylumiere.serve.hub import Hub
+from pylumiere.serve.loras import lora_files
 from pylumiere.serve.metrics import Metrics, Sample
 from pylumiere.serve.store import Job, Store
 
@@ -203,9 +205,11 @@ class Runner:
     def _make(self, job: Job, running: _Running) -> str:
         num_frames, fps = job.plan["num_frames"], job.plan["fps"]
         self.hub.forget(job.id)
+        stages = list(self._shares)
 
         def follow(progress: Progress) -> None:
-            self.hub.publish(job.id, "progress", {**vars(progress), "percent": running.follow(progress)})
+            place = {"stage_index": stages.index(progress.stage), "num_stages": len(stages)}
+            self.hub.publish(job.id, "progress", {**vars(progress), **place, "percent": running.follow(progress)})
 
         request = media.generation_request(job.request, self.store.inputs(job), self.limits)
         folder = self.store.start_result(job.id)
@@ -218,6 +222,8 @@ class Runner:
             with VideoWriter(folder / schema.VARIANTS["video"][0], fps) as writer:
                 for chunk in work:
                     writer.write(chunk.frames)
+                    if chunk.start == 0:
+                        (folder / schema.VARIANTS["image"][0]).write_bytes(media.png(chunk.frames[0]))
                     sheet.add(chunk.start, chunk.frames)
                     for index in range(-chunk.start % stride, len(chunk.frames), stride):
                         preview = {"frame": chunk.start + index, "image": media.preview_url(chunk.frames[index])}
@@ -293,10 +299,14 @@ class _Running:
 
 
 class LocalWorker:
-    """An engine in this process."""
+    """An engine in this process.
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    Args:
+        loras: files that requests may name.
+    """
+
+    def __init__(self, engine: Engine, loras: Mapping[str, Path] | None = None):
+        self.engine, self.loras = engine, loras or {}
 
     def watch(self, metrics: Metrics) -> None:
         """The engine's numbers, read at each scrape."""
@@ -323,7 +333,8 @@ class LocalWorker:
 
     def check(self, request: GenerationRequest) -> None:
         check_style(request, self.engine.styles())
-        self.engine.stream(request).close()
+        with lora_files(request, self.loras) as request:
+            self.engine.stream(request).close()
 
     def start(
         self, request: GenerationRequest, on_progress: Callable[[Progress], None], timeout: float | None
@@ -331,7 +342,8 @@ class LocalWorker:
         check_style(request, self.engine.styles())
         # The callback runs in the thread that takes the frames, which is the job's own.
         request = request.model_copy(update={"callback_on_step_end": on_progress})
-        return _LocalWork(self.engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout))
+        with lora_files(request, self.loras) as request:
+            return _LocalWork(self.engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout))
 
 
 def check_style(request: GenerationRequest, styles: Collection[str]) -> None:

@@ -124,6 +124,11 @@ def thumbnail(frame: np.ndarray) -> bytes:
     return _encode(frame, 512, "WEBP", quality=85, method=4)
 
 
+def png(frame: np.ndarray) -> bytes:
+    """A frame as it is."""
+    return _encode(frame, max(frame.shape), "PNG")
+
+
 class SpriteSheet:
     """Evenly spaced frames of a clip in one picture, taken as they come: it holds small tiles only."""
 

@@ -24,15 +24,16 @@ from ray import serve
 from ray.exceptions import RayError
 
 from pylumiere.checkpoints.adapters import style_names
-from pylumiere.checkpoints.bundle import is_bundle, open_bundle
-from pylumiere.checkpoints.native import find_model, read_config
+from pylumiere.checkpoints.native import find_model
 from pylumiere.engine import Chunk, Engine
 from pylumiere.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidRequest
+from pylumiere.loading import read_model_config
 from pylumiere.request import GenerationRequest, Progress
 from pylumiere.serve import spread
 from pylumiere.serve.app import Limits, Service, create_app
 from pylumiere.serve.jobs import BUFFER_FRAMES, Work, WorkerLost, check_style
 from pylumiere.serve.keys import KeyRing, read_keys
+from pylumiere.serve.loras import find_loras, lora_files
 from pylumiere.serve.store import Store
 
 WINDOW_SECONDS = 600.0
@@ -52,6 +53,8 @@ class RayOptions:
         clips_per_replica: in one engine at once.
         num_cpus, num_gpus: that Ray reserves for a replica.
         key: PEM file of a public key; only a bundle that it signed is served.
+        temporal_shift: for a folder as diffusers saves it; see `Engine.load`.
+        loras: folder of the LoRA files that requests may name, on a disk that all machines share.
         deadline: seconds for a clip that asks for none.
         threads: of torch in a replica; the same everywhere, or results differ in their last bits.
         windows: further replicas that compute windows of the super-resolution stage for the engines (`spread.py`).
@@ -61,6 +64,8 @@ class RayOptions:
     data: str = "pylumiere-data"
     api_keys: str | None = None
     key: str | None = None
+    temporal_shift: int | None = None
+    loras: str | None = None
     replicas: int = 2
     min_replicas: int = 1
     clips_per_replica: int = 2
@@ -81,7 +86,7 @@ class RayOptions:
             allowed = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"unknown argument {sorted(unknown)[0]!r}; allowed: {allowed}")
         kinds = {"replicas": int, "min_replicas": int, "clips_per_replica": int, "threads": int, "windows": int,
-                 "num_cpus": float, "num_gpus": float, "deadline": float}  # fmt: skip
+                 "temporal_shift": int, "num_cpus": float, "num_gpus": float, "deadline": float}  # fmt: skip
         try:
             return cls(**{name: kinds.get(name, lambda v: v)(value) for name, value in arguments.items()})
         except ValueError as error:
@@ -94,7 +99,7 @@ def _load(options: RayOptions, **more: Any) -> Engine:
     torch.set_num_threads(options.threads)
     return Engine.load(
         options.model, backend=options.backend, device=options.device, precision=options.precision,
-        memory_budget=options.memory_budget, trusted_key=options.key, **more,
+        memory_budget=options.memory_budget, trusted_key=options.key, temporal_shift=options.temporal_shift, **more,
     )  # fmt: skip
 
 
@@ -116,6 +121,7 @@ class EngineReplica:
 
     def __init__(self, options: RayOptions, windows=None):
         self._spread = None
+        self._loras = find_loras(options.loras)
         if windows is None:
             self._engine = _load(options)
             return
@@ -154,7 +160,8 @@ class EngineReplica:
                 **fields, callback_on_step_end=lambda progress: put(("progress", vars(progress)))
             )
             check_style(request, self._engine.styles())
-            job = self._engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout)
+            with lora_files(request, self._loras) as request:
+                job = self._engine.submit(request, buffer_frames=BUFFER_FRAMES, timeout=timeout)
         except tuple(_REFUSALS.values()) as error:
             yield ("refused", type(error).__name__, str(error))
             return
@@ -235,11 +242,11 @@ class _RayWork:
 def make_service(options: RayOptions, handle) -> Service:
     """The front's service: the store, and replicas for a worker."""
     keys = None if options.api_keys is None else KeyRing(read_keys(options.api_keys))
-    model = find_model(options.model)
-    config = open_bundle(model, options.key).config if is_bundle(model) else read_config(model)
+    config = read_model_config(options.model, options.key, options.temporal_shift)
     service = Service(
         config, Store(Path(options.data)), keys, Limits(deadline=options.deadline),
-        options.replicas * options.clips_per_replica, (config.name,), tuple(style_names(Path(model))),
+        options.replicas * options.clips_per_replica, (config.name,), tuple(style_names(find_model(options.model))),
+        tuple(find_loras(options.loras)),
     )  # fmt: skip
     service.start(RayWorker(handle))
     return service

@@ -18,19 +18,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pylumiere.errors import InvalidRequest
 from pylumiere.media.inputs import parse_expand
 from pylumiere.media.placement import Fit
-from pylumiere.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS
+from pylumiere.request import MAX_FRAMES, MAX_LORAS, MAX_PROMPT_CHARACTERS, MAX_SIDE, MAX_STEPS
 
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
     "thumbnail": ("thumbnail.webp", "image/webp"),
     "spritesheet": ("spritesheet.jpg", "image/jpeg"),
+    "image": ("image.png", "image/png"),
 }
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "image"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -40,8 +41,9 @@ EDIT_STRENGTH = 0.6
 # Fields that a GenerationRequest has under the same names.
 _SHARED = (
     "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "sampler", "fit",
-    "strength", "style", "style_strength", "loop", "window_frames", "window_overlap",
+    "strength", "style", "style_strength", "lora", "loop", "window_frames", "window_overlap",
 )  # fmt: skip
+_Lora = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class ApiError(Exception):
@@ -96,12 +98,20 @@ class Sampling(BaseModel):
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "euler"] | None = None
     style: str | None = Field(None, max_length=200, description="A style that GET /v1/models lists.")
     style_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    lora: _Lora | Annotated[list[_Lora], Field(min_length=1, max_length=MAX_LORAS)] | None = Field(
+        None, description='A LoRA that GET /v1/models lists, with a strength other than 1 as "name:0.8"; or several.'
+    )
     window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
     window_overlap: int | None = Field(None, ge=0, le=MAX_FRAMES)
     timeout: float | None = Field(
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False,
         description="Seconds from now in which the clip must be done; else it fails.",
     )  # fmt: skip
+
+    @field_validator("lora")
+    @classmethod
+    def _listed(cls, value: str | list[str] | None) -> list[str] | None:
+        return [value] if isinstance(value, str) else value
 
 
 class Options(Sampling):
@@ -275,13 +285,14 @@ def _shape(options: Options) -> dict[str, Any]:
 
 
 def invalid(error: Exception, code: str = "invalid_value", given: str = "input_reference") -> ApiError:
-    """An engine's refusal as a 400; the field that the message begins with is its `param`.
+    """An engine's refusal as a 400; the field, or the application's, that the message begins with is its `param`.
 
     Args:
         given: what the client calls its picture or clip.
     """
     match = re.match(r"(\w+)", str(error))
-    same = {"height": "size", "width": "size", "image": given, "video": given}
+    same = {"height": "size", "width": "size", "image": given, "video": given,
+            "cinemagraph": "mask", "inpainting": "mask", "outpainting": "expand"}  # fmt: skip
     name = match and same.get(match[1], match[1])
     param = name if name in {*CreateVideo.model_fields, *EditVideo.model_fields} else None
     return ApiError(400, str(error), code=code, param=param)
@@ -324,6 +335,7 @@ class VideoObject(BaseModel):
     strength: float
     style: str | None
     style_strength: float
+    lora: list[str]
     loop: bool
 
 
@@ -341,17 +353,27 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+class StageObject(BaseModel):
+    """A network that samples."""
+
+    name: str
+    family: str
+
+
 class ModelObject(BaseModel):
-    """OpenAI's model object; `stages`, `defaults`, `limits` and `styles` are this project's."""
+    """OpenAI's model object; from `stages` on the fields are this project's."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "pylumiere"
-    stages: list[str] = Field(description="Names that progress tells of, in their order; the last makes the frames.")
+    stages: list[StageObject] = Field(description="In the order in which they run; a decoder comes after them.")
+    decoder: str | None = Field(description="Family of the decoder; progress calls it `decoder`.")
+    applications: list[str] = Field(description="That the model takes, as a video object calls them.")
     defaults: dict[str, Any]
     limits: dict[str, Any]
     styles: list[str]
+    loras: list[str]
 
 
 class ModelList(BaseModel):

@@ -17,6 +17,7 @@ from pylumiere.serve.app import Limits, Service, create_app
 from pylumiere.serve.hub import Hub
 from pylumiere.serve.jobs import LocalWorker
 from pylumiere.serve.keys import KeyRing, read_keys
+from pylumiere.serve.loras import find_loras
 from pylumiere.serve.store import Store
 
 logger = logging.getLogger("pylumiere")
@@ -35,6 +36,8 @@ class ServeOptions:
         keep_seconds, keep_bytes: retention; None keeps.
         memory_budget: bytes of the engine.
         trusted_key: PEM file of a public key; only a bundle that it signed is served.
+        temporal_shift: for a folder as diffusers saves it; see `Engine.load`.
+        loras: folder of the LoRA files that requests may name.
     """
 
     model: str = "demo"
@@ -48,6 +51,8 @@ class ServeOptions:
     precision: str = "auto"
     memory_budget: int | None = None
     trusted_key: str | None = None
+    temporal_shift: int | None = None
+    loras: Path | None = None
     concurrency: int = 4
     limits: Limits = field(default_factory=Limits)
     keep_seconds: float | None = None
@@ -128,7 +133,7 @@ def serve(options: ServeOptions) -> None:
     """Runs until SIGINT or SIGTERM. Jobs that run then are queued again, for the next start.
 
     Raises:
-        InvalidRequest: options that do not fit together, an address or a folder that cannot be used.
+        InvalidRequest: options that do not fit together or the model, an address or a folder that cannot be used.
         BundleError, UnsupportedDevice, BudgetExceeded: as Engine.load.
     """
     from pylumiere.engine import Engine
@@ -139,6 +144,7 @@ def serve(options: ServeOptions) -> None:
             "(pylumiere serve-key NAME --file FILE makes one)"
         )
     keys = None if options.api_keys is None else KeyRing(read_keys(options.api_keys))
+    loras = find_loras(options.loras)
     listener = listening_socket(options.host, options.port)
     store = None
     try:
@@ -146,13 +152,14 @@ def serve(options: ServeOptions) -> None:
         engine = Engine.load(
             options.model, backend=options.backend, device=options.device, precision=options.precision,
             memory_budget=options.memory_budget, max_running=options.concurrency, trusted_key=options.trusted_key,
+            temporal_shift=options.temporal_shift,
         )  # fmt: skip
         service = Service(
             engine.config, store, keys, options.limits, options.concurrency,
             (engine.config.name, *(name for name in options.aliases if name != engine.config.name)),
-            tuple(engine.styles()),
+            tuple(engine.styles()), tuple(loras), engine.takes_adapters,
         )  # fmt: skip
-        worker = LocalWorker(engine)
+        worker = LocalWorker(engine, loras)
         worker.watch(service.metrics)
 
         def start() -> None:

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from pylumiere.config import ModelConfig
-from pylumiere.diffusion.plan import MAX_ENLARGEMENT, plan_request, size_step
+from pylumiere.diffusion.plan import MAX_ENLARGEMENT, applications, plan_request, size_step
 from pylumiere.errors import BudgetExceeded, InvalidRequest
 from pylumiere.media.inputs import parse_keyframes
 from pylumiere.media.video import Limits as VideoLimits
@@ -23,6 +23,7 @@ from pylumiere.serve.gate import ANYONE
 from pylumiere.serve.hub import Hub
 from pylumiere.serve.jobs import Runner, Worker, check_style
 from pylumiere.serve.keys import Key, KeyRing
+from pylumiere.serve.loras import check_loras
 from pylumiere.serve.metrics import Metrics
 from pylumiere.serve.schema import (
     KEYFRAME,
@@ -37,6 +38,7 @@ from pylumiere.serve.schema import (
     Options,
     RemixVideo,
     Sampling,
+    StageObject,
     VideoObject,
 )
 from pylumiere.serve.store import Job, QueueFull, Store
@@ -81,7 +83,8 @@ class Service:
     Attributes:
         names: of the model; the first is reported, all are taken.
         styles: of the model.
-        is_ready: false with a reason while jobs would only wait.
+        loras: names that requests may give.
+        takes_adapters: whether the backend can change weights; where it cannot, a request for a LoRA is told why.
     """
 
     config: ModelConfig
@@ -91,6 +94,8 @@ class Service:
     concurrency: int = 1
     names: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+    takes_adapters: bool = True
     hub: Hub = field(default_factory=Hub)
     metrics: Metrics = field(default_factory=Metrics)
 
@@ -98,6 +103,9 @@ class Service:
         self.names = self.names or (self.config.name,)
         self.most_frames = self.limits.frames or MODEL_LENGTHS * self.config.first.network.num_frames
         self.created = int(time.time())
+        self.applications = applications(self.config)
+        if "inpainting" in self.applications:  # which an extension is to the networks
+            self.applications += ("extension",)
         self.runner = Runner(
             self.store, self.hub, self.metrics, stages=list(self.config.networks), concurrency=self.concurrency,
             limits=self.limits.files,
@@ -147,6 +155,9 @@ class Service:
 
     def extend(self, key: Key | None, extend: ExtendVideo, files: Files, token: str | None) -> VideoObject:
         """The clip, and after it frames that the networks make with all of it in view."""
+        if "extension" not in self.applications:
+            text = f"extension: the networks of model {self.config.name!r} take no pictures"
+            raise ApiError(400, text, code="unsupported", param="video")
         clip, rate, source = self._clip(key, extend, files)
         with _refusals("video"):
             fields = schema.generation_fields(extend, rate, self.most_frames)
@@ -237,6 +248,7 @@ class Service:
 
     def _plan(self, request: GenerationRequest) -> dict[str, Any]:
         check_style(request, self.styles)
+        check_loras(request, self.loras)
         plan = plan_request(request, self.config)
         if plan.height % 2 or plan.width % 2:
             raise InvalidRequest(f"size='{plan.width}x{plan.height}': mp4 takes even sizes")
@@ -298,14 +310,16 @@ class Service:
         height, width = self.config.size
         network, sampling = self.config.first.network, self.config.first.sampling
         return ModelObject(
-            id=name, created=self.created, stages=list(self.config.networks),
+            id=name, created=self.created,
+            stages=[StageObject(name=stage.name, family=stage.network.family) for stage in self.config.stages],
+            decoder=self.config.decoder and self.config.decoder.network.family, applications=list(self.applications),
             defaults={
                 "num_frames": network.num_frames, "fps": self.config.fps,
                 "seconds": network.num_frames / self.config.fps, "size": f"{width}x{height}",
                 "sampler": sampling.sampler, "num_inference_steps": sampling.num_inference_steps,
                 "guidance_scale": sampling.guidance_scale,
             },
-            styles=list(self.styles),
+            styles=list(self.styles), loras=sorted(self.loras) if self.takes_adapters else [],
             limits={
                 "num_frames": {"most": self.most_frames, "step": 1},
                 "size": {"step": size_step(self.config), "width": MAX_ENLARGEMENT * width,
@@ -317,7 +331,7 @@ class Service:
 # Of a video object: fields of the request that it repeats.
 _REQUESTED = {
     "negative_prompt": "", "expand": None, "fit": "crop", "strength": 1.0, "style": None, "style_strength": 1.0,
-    "loop": False,
+    "lora": [], "loop": False,
 }  # fmt: skip
 
 

@@ -21,15 +21,20 @@ for _name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "op
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from support.testing import random_weights, write_random_model  # noqa: E402
+from support.tiny_diffusers import write_tiny_sd  # noqa: E402
 
 from pylumiere.checkpoints.adapters import fingerprint, save_style  # noqa: E402
 from pylumiere.checkpoints.native import load_checkpoint  # noqa: E402
 from pylumiere.engine import Engine  # noqa: E402
+from pylumiere.networks.families import expected_shapes  # noqa: E402
 from pylumiere.networks.stunet.presets import model_preset  # noqa: E402
 from pylumiere.serve.app import Limits, Service  # noqa: E402
 from pylumiere.serve.jobs import LocalWorker  # noqa: E402
 from pylumiere.serve.keys import KeyRing  # noqa: E402
+from pylumiere.serve.loras import find_loras  # noqa: E402
 from pylumiere.serve.server import listening_socket, make_server  # noqa: E402
 from pylumiere.serve.store import Store  # noqa: E402
 
@@ -53,14 +58,55 @@ def engine(model):
         yield engine
 
 
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """Like Stable Diffusion, as diffusers saves it: pictures of 16 x 16."""
+    folder = tmp_path_factory.mktemp("folders") / "tiny-sd"
+    write_tiny_sd(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shift_engine(sd_folder):
+    """The same folder shifted in time: clips of 16 frames."""
+    with Engine.load(sd_folder, precision="fp32", temporal_shift=8) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def loras(shift_engine, model, tmp_path_factory):
+    """A folder with two LoRA files for the shifted model, one for another model, and others."""
+    folder = tmp_path_factory.mktemp("loras")
+    write_lora(folder / "look.safetensors", shift_engine.config.first.network)
+    write_lora(folder / "Ink wash.v2.safetensors", shift_engine.config.first.network, seed=1)
+    write_lora(folder / "other.safetensors", load_checkpoint(model).config.first.network)
+    (folder / "notes.txt").write_text("")
+    (folder / "sub").mkdir()
+    write_lora(folder / "sub" / "below.safetensors", shift_engine.config.first.network)
+    return folder
+
+
+def write_lora(path, network, seed=0):
+    """Rank 2 on the weights of all linear layers."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for name, shape in expected_shapes(network).items():
+        if name.endswith(".weight") and len(shape) == 2:
+            module = f"unet.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(2, shape[1], generator=draw)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(shape[0], 2, generator=draw)
+    save_file(tensors, path)
+
+
 class Running:
     """A served service: `url`, the service itself, and an httpx client."""
 
-    def __init__(self, engine, folder, *, keys=None, limits=None, concurrency=2, **store):
+    def __init__(self, engine, folder, *, keys=None, limits=None, concurrency=2, loras=None, **store):
+        loras = find_loras(loras)
         self.service = Service(
-            engine.config, Store(folder, **store), keys, limits or Limits(), concurrency, styles=tuple(engine.styles())
-        )
-        worker = LocalWorker(engine)
+            engine.config, Store(folder, **store), keys, limits or Limits(), concurrency,
+            styles=tuple(engine.styles()), loras=tuple(loras), takes_adapters=engine.takes_adapters,
+        )  # fmt: skip
+        worker = LocalWorker(engine, loras)
         worker.watch(self.service.metrics)
         listener = listening_socket("127.0.0.1", 0)
         self.server = make_server(self.service, on_start=lambda: self.service.start(worker))
@@ -103,12 +149,29 @@ def shared_server(engine, tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="session")
+def shared_shift_server(shift_engine, loras, tmp_path_factory):
+    with contextlib.closing(Running(shift_engine, tmp_path_factory.mktemp("data"), loras=loras)) as running:
+        yield running
+
+
 @pytest.fixture
 def server(shared_server):
     yield shared_server
-    for video in shared_server.http.get("/v1/videos?limit=100").json()["data"]:
-        shared_server.http.delete(f"/v1/videos/{video['id']}")
-    wait_until(lambda: shared_server.service.runner.num_running == 0)
+    _empty(shared_server)
+
+
+@pytest.fixture
+def shift_server(shared_shift_server):
+    """With the folder that is shifted in time, and its LoRA files."""
+    yield shared_shift_server
+    _empty(shared_shift_server)
+
+
+def _empty(server):
+    for video in server.http.get("/v1/videos?limit=100").json()["data"]:
+        server.http.delete(f"/v1/videos/{video['id']}")
+    wait_until(lambda: server.service.runner.num_running == 0)
 
 
 @pytest.fixture
@@ -116,7 +179,7 @@ def serve(engine, tmp_path):
     """Starts further servers: serve(keys=..., limits=...)."""
     with contextlib.ExitStack() as stack:
 
-        def start(folder=tmp_path / "data", **options):
+        def start(folder=tmp_path / "data", engine=engine, **options):
             return stack.enter_context(contextlib.closing(Running(engine, folder, **options)))
 
         yield start

@@ -22,7 +22,8 @@ PATHS = [*CREATE, "/v1/videos", "/v1/videos", "/v1/videos/video_{hex}", "/v1/vid
          "/v1/models/{junk}", "/v1/{junk}"]  # fmt: skip
 FIELDS = ["prompt", "seconds", "size", "seed", "num_frames", "fps", "sampler", "model", "input_reference",
           "guidance_scale", "num_inference_steps", "negative_prompt", "window_overlap", "junk", "video", "mask",
-          "keyframes", "expand", "fit", "strength", "style", "style_strength", "loop", "timeout"]  # fmt: skip
+          "keyframes", "expand", "fit", "strength", "style", "style_strength", "lora", "lora[]", "loop",
+          "timeout"]  # fmt: skip
 
 
 def run_malformed(url: str, *, count: int, seed: int, memory_of: int | None = None) -> dict:
@@ -78,8 +79,19 @@ def _json(draw: random.Random) -> bytes:
 def _form(draw: random.Random) -> bytes:
     parts = []
     for _ in range(draw.randrange(1, 5)):
-        name = draw.choice([*FIELDS, "input_reference[image_url]", "input_reference[", "a[b][c]", "keyframes[0]",
-                            "keyframes[../x]", "video[id]", "expand[left]", _junk(draw, 9)])
+        name = draw.choice(
+            [
+                *FIELDS,
+                "input_reference[image_url]",
+                "input_reference[",
+                "a[b][c]",
+                "keyframes[0]",
+                "keyframes[../x]",
+                "video[id]",
+                "expand[left]",
+                _junk(draw, 9),
+            ]
+        )
         file = draw.choice(["", '; filename="../../x.png"', "; filename*=utf-16''%ff"])
         head = f'Content-Disposition: form-data; name="{name}"{file}\r\n'
         data = draw.randbytes(draw.randrange(300))

@@ -131,7 +131,8 @@ def test_what_is_not_supported_says_so(server):
 def test_models(server):
     client = server.openai()
     [model] = client.models.list().data
-    assert model.id == "tiny" and model.defaults["num_frames"] == 8 and model.stages == ["base", "ssr"]
+    assert model.id == "tiny" and model.defaults["num_frames"] == 8 and model.decoder is None
+    assert model.stages == [{"name": "base", "family": "stunet"}, {"name": "ssr", "family": "stunet"}]
     assert model.limits["num_frames"] == {"most": 64, "step": 1} and model.styles == ["bold"]
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):

@@ -316,4 +316,3 @@ def test_kill_9_under_load(process, tmp_path):
     for file in report["files"]:
         (tmp_path / "clip.mp4").write_bytes(file)
         assert read_video(tmp_path / "clip.mp4").frames.shape == (8, 32, 32, 3)
-

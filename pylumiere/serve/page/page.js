@@ -83,6 +83,7 @@ class Card {
     this.node = $("card").content.firstElementChild.cloneNode(true);
     this.part = (name) => this.node.querySelector("." + name);
     this.frames = [];
+    this.stage = 0; // that progress was last told of
     this.stream = null;
     this.urls = {};
     this.node.dataset.id = video.id;
@@ -95,9 +96,12 @@ class Card {
 
   get isActive() { return this.video.status === "queued" || this.video.status === "in_progress"; }
 
+  get isPicture() { return this.video.num_frames === 1; }
+
   update(video) {
     const before = this.video.status;
     this.video = video;
+    this.stage = 0; // it may run again
     this.draw();
     if (before !== video.status) {
       if (video.status === "completed") announce(`The clip "${short(video.prompt)}" is finished.`);
@@ -133,9 +137,11 @@ class Card {
   label(name, verb) { this.part(name).setAttribute("aria-label", `${verb}: ${short(this.video.prompt)}`); }
 
   facts() {
-    const { seconds, size, seed, application, style } = this.video;
-    const kind = [application === "text to video" ? "" : application, style ? `style ${style}` : ""].filter(Boolean);
-    return `${kind.map((text) => `${text} · `).join("")}${Number(seconds)} s · ${size.replace("x", " × ")} · seed ${seed}`;
+    const { seconds, size, seed, application, style, lora } = this.video;
+    return [
+      application === "text to video" ? "" : application, style ? `style ${style}` : "", lora.length ? `LoRA ${lora.join(" + ")}` : "",
+      this.isPicture ? "" : `${Number(seconds)} s`, size.replace("x", " × "), `seed ${seed}`,
+    ].filter(Boolean).join(" · ");
   }
 
   async showThumbnail() {
@@ -149,7 +155,7 @@ class Card {
       image.alt = this.video.prompt;
       image.hidden = false;
       this.part("waiting").hidden = true;
-      this.part("play").hidden = false;
+      this.part("play").hidden = this.isPicture;
       this.part("play").firstElementChild.textContent = `Play: ${short(this.video.prompt)}`;
     } catch { this.urls.thumbnail = null; }
   }
@@ -182,11 +188,12 @@ class Card {
     const link = this.part("download");
     if (link.href) return;
     event.preventDefault();
+    const [variant, ending] = this.isPicture ? ["image", "png"] : ["video", "mp4"];
     try {
-      this.urls.video = this.urls.video || await this.load("video");
+      this.urls[variant] = this.urls[variant] || await this.load(variant);
     } catch (error) { announce(error.message); return; }
-    link.href = this.urls.video;
-    link.download = `${short(this.video.prompt).replace(/[^A-Za-z0-9]+/g, "-").slice(0, 40) || "clip"}-${this.video.seed}.mp4`;
+    link.href = this.urls[variant];
+    link.download = `${short(this.video.prompt).replace(/[^A-Za-z0-9]+/g, "-").slice(0, 40) || "clip"}-${this.video.seed}.${ending}`;
     link.click();
   }
 
@@ -232,16 +239,19 @@ class Card {
 
   unfollow() { if (this.stream) this.stream.abort(); this.stream = null; }
 
-  showProgress({ stage, step, steps, frames_final, num_frames, seconds_left, percent }) {
+  showProgress({ stage, stage_index, num_stages, step, steps, frames_final, num_frames, seconds_left, percent }) {
     if (this.video.status !== "in_progress") return;
     this.video.progress = percent;
     this.node.querySelector("progress").value = percent;
     this.part("badge").textContent = `${percent} %`;
-    const showsFinal = stage === model.stages.at(-1) && frames_final > 0; // other stages' frames are not the clip's
+    if (stage_index < this.stage) return; // a later stage runs beside this one, and is nearer to the end
+    this.stage = stage_index;
+    const showsFinal = stage_index === num_stages - 1 && frames_final > 0; // other stages' frames are not the clip's
     const parts = showsFinal
       ? [`${stage}, ${frames_final} of ${num_frames} frames final`]
       : [`${stage}, step ${step} of ${steps}`];
-    if (seconds_left !== null && seconds_left >= 1) parts.push(`${Math.ceil(seconds_left)} s left`);
+    if (seconds_left !== null && seconds_left >= 1) parts.push(timeLeft(seconds_left));
+    if (num_stages > 1) parts.push(`stage ${stage_index + 1} of ${num_stages}`);
     this.part("facts").textContent = parts.join(" · ");
     if (showsFinal) {
       this.node.querySelector("progress").hidden = true;
@@ -271,6 +281,7 @@ class Card {
   stopFrames() { clearInterval(this.timer); this.timer = null; }
 }
 
+const timeLeft = (seconds) => (seconds < 90 ? `${Math.ceil(seconds)} s left` : `${Math.round(seconds / 60)} min left`);
 const short = (text) => (text.length > 60 ? text.slice(0, 57) + "..." : text);
 
 // ---- the gallery -------------------------------------------------------------------------------------------------
@@ -327,33 +338,45 @@ $("load-more").addEventListener("click", () => loadPage().catch((error) => annou
 // ---- the form ----------------------------------------------------------------------------------------------------
 
 function fillForm() {
-  const { defaults, limits } = model;
+  const { defaults, limits, applications, styles, loras } = model;
   const [width, height] = defaults.size.split("x");
   const set = (id, values) => Object.assign($(id), values);
   set("num_frames", { min: limits.num_frames.step, max: limits.num_frames.most, step: limits.num_frames.step, value: defaults.num_frames });
-  $("style-row").hidden = model.styles.length === 0;
-  $("style").replaceChildren(new Option("none", ""), ...model.styles.map((name) => new Option(name, name)));
+  const offered = Object.entries(APPLICATIONS).filter(([, { name }]) => applications.includes(name));
+  $("application").replaceChildren(...offered.map(([value, { label }]) => new Option(label, value)));
+  for (const [id, names] of [["style", styles], ["lora", loras]]) {
+    $(`${id}-row`).hidden = names.length === 0;
+    $(id).replaceChildren(new Option("none", ""), ...names.map((name) => new Option(name, name)));
+  }
   set("width", { placeholder: width, min: limits.size.step, max: limits.size.width, step: limits.size.step });
   set("height", { placeholder: height, min: limits.size.step, max: limits.size.height, step: limits.size.step });
   set("num_inference_steps", { placeholder: defaults.num_inference_steps });
   set("guidance_scale", { placeholder: defaults.guidance_scale });
   $("model-name").textContent = model.id;
+  if (defaults.num_frames === 1) {
+    $("composer-title").textContent = "What should it show?";
+    $("submit").textContent = "Make a picture";
+    $("empty").textContent = "Nothing here yet. Describe a thing.";
+  }
   showLength();
   showApplication();
 }
 
 function showLength() {
   const frames = Number($("num_frames").value);
-  $("length").textContent = `${Math.round(frames / model.defaults.fps * 100) / 100} s`;
-  $("num_frames").setAttribute("aria-valuetext", `${$("length").textContent}, ${frames} frames`);
+  $("length").textContent = frames === 1 ? "1 frame" : `${Math.round(frames / model.defaults.fps * 100) / 100} s`;
+  $("num_frames").setAttribute("aria-valuetext", frames === 1 ? "1 frame" : `${$("length").textContent}, ${frames} frames`);
 }
 $("num_frames").addEventListener("input", showLength);
 
 function useAgain(video) {
-  $("application").value = { "text to video": "text", "image to video": "image", "video to video": "video", extension: "video" }[video.application] || video.application;
+  const name = video.application === "extension" ? "video to video" : video.application;
+  const [application] = Object.entries(APPLICATIONS).find(([, one]) => one.name === name && model.applications.includes(name)) || ["text"];
+  $("application").value = application;
   $("prompt").value = video.prompt;
   $("style").value = video.style || "";
   $("style_strength").value = video.style_strength;
+  setLora(video.lora);
   $("strength").value = video.strength;
   $("loop").checked = video.loop;
   $("fit").value = video.fit;
@@ -372,20 +395,43 @@ function useAgain(video) {
   announce(needs().inputs ? "The form holds the settings of that clip. Choose its files again." : "The form holds the settings of that clip.");
 }
 
+// One LoRA has an amount to choose. What a clip had otherwise (several, or an amount beside the slider's) is offered as it was.
+function setLora(entries) {
+  const [, name, strength] = entries.length === 1 ? /^(.*?)(?::([^:]*))?$/.exec(entries[0]) : [];
+  const amount = Number(strength ?? 1);
+  $("lora").querySelector("[data-entries]")?.remove();
+  $("lora-row").hidden = !entries.length && !model.loras.length;
+  $("lora-amount").value = amount;
+  if (entries.length && !(model.loras.includes(name) && Number($("lora-amount").value) === amount)) {
+    const text = entries.join(" + ");
+    const option = new Option(text, text, false, true);
+    option.dataset.entries = JSON.stringify(entries);
+    $("lora").append(option);
+  } else {
+    $("lora").value = name || "";
+  }
+}
+
+function chosenLoras() {
+  const { value, dataset } = $("lora").selectedOptions[0];
+  if (dataset.entries) return JSON.parse(dataset.entries);
+  return value ? [`${value}:${$("lora-amount").value}`] : [];
+}
+
 // ---- pictures, clips and masks ------------------------------------------------------------------------------------
 
 const PICTURES = "image/png,image/jpeg,image/webp";
 const EDGES = ["left", "right", "top", "bottom"];
 const APPLICATIONS = {
-  text: { note: "" },
-  image: { note: "The clip begins with a picture.", inputs: true, reference: "First frame (a picture)", accept: PICTURES },
-  keyframes: { note: "The clip passes through given frames.", inputs: true, keyframes: true },
-  cinemagraph: { note: "A part of a picture moves; the rest stands still.", inputs: true, reference: "Picture", accept: PICTURES, mask: "what should move" },
-  inpainting: { note: "A part of a clip is made anew; the rest stays as it is.", inputs: true, reference: "Clip", accept: "video/*,image/gif", mask: "what should be made anew" },
-  outpainting: { note: "A picture or clip is shown smaller, and what lies beside it is made.", inputs: true, reference: "Picture or clip", accept: `${PICTURES},video/*,image/gif`, expand: true },
-  video: { note: "A clip is made again, after the prompt.", inputs: true, reference: "Clip", accept: "video/*,image/gif", strength: true },
+  text: { name: "text to video", label: "Text to video", note: "" },
+  image: { name: "image to video", label: "Image to video", note: "The clip begins with a picture.", inputs: true, reference: "First frame (a picture)", accept: PICTURES },
+  keyframes: { name: "keyframes", label: "Keyframes", note: "The clip passes through given frames.", inputs: true, keyframes: true },
+  cinemagraph: { name: "cinemagraph", label: "Cinemagraph", note: "A part of a picture moves; the rest stands still.", inputs: true, reference: "Picture", accept: PICTURES, mask: "what should move" },
+  inpainting: { name: "inpainting", label: "Inpainting", note: "A part of a clip is made anew; the rest stays as it is.", inputs: true, reference: "Clip", accept: "video/*,image/gif", mask: "what should be made anew" },
+  outpainting: { name: "outpainting", label: "Outpainting", note: "A picture or clip is shown smaller, and what lies beside it is made.", inputs: true, reference: "Picture or clip", accept: `${PICTURES},video/*,image/gif`, expand: true },
+  video: { name: "video to video", label: "Video to video", note: "A clip is made again, after the prompt.", inputs: true, reference: "Clip", accept: "video/*,image/gif", strength: true },
 };
-const needs = () => APPLICATIONS[$("application").value];
+const needs = () => APPLICATIONS[$("application").value] || APPLICATIONS.text;
 let isClip = false; // what was chosen; a clip brings its own length
 
 const painter = new Painter({
@@ -506,6 +552,8 @@ function showValues() {
   $("strength-value").textContent = percent("strength");
   $("style-value").textContent = percent("style_strength");
   $("style-strength-field").hidden = !$("style").value;
+  $("lora-value").textContent = percent("lora-amount");
+  $("lora-amount-field").hidden = !model?.loras.includes($("lora").value);
   painter.part = $("brush-size").value / 100;
   $("brush-value").textContent = `${$("brush-size").value} %`;
 }
@@ -513,7 +561,7 @@ function showValues() {
 $("application").addEventListener("change", showApplication);
 $("input_reference").addEventListener("change", showPicture);
 $("add-keyframe").addEventListener("click", () => addKeyframe(0).focus());
-for (const id of ["strength", "style_strength", "style", "brush-size"]) $(id).addEventListener("input", showValues);
+for (const id of ["strength", "style_strength", "style", "lora", "lora-amount", "brush-size"]) $(id).addEventListener("input", showValues);
 for (const id of ["paint", "erase"]) {
   $(id).addEventListener("click", () => {
     painter.erases = id === "erase";
@@ -547,6 +595,7 @@ $("form").addEventListener("submit", async (event) => {
     form.append("size", `${value("width") || $("width").placeholder}x${value("height") || $("height").placeholder}`);
   }
   if ($("style").value) { form.append("style", $("style").value); form.append("style_strength", $("style_strength").value); }
+  for (const entry of chosenLoras()) form.append("lora[]", entry);
   if ($("loop").checked) form.append("loop", "true");
   $("submit").disabled = true;
   try {

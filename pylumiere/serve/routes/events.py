@@ -30,9 +30,9 @@ def add_events(app: FastAPI, service: Service) -> None:
         responses={**responses(400, 404, 429), 200: {"content": events, "description": "Server-sent events."}},
     )  # fmt: skip
     async def video_events(request: Request, video_id: VideoId):
-        """Events until the end: `status` (the video object), `progress` (stage, step, steps, frames_final, num_frames,
-        seconds_left, percent), `preview` (frame, image: a data URL of a final frame), then `completed` or `failed`
-        (the video object) or `deleted` (its id)."""
+        """Events until the end: `status` (the video object), `progress` (stage, stage_index, num_stages, step, steps,
+        frames_final, num_frames, seconds_left, percent), `preview` (frame, image: a data URL of a final frame), then
+        `completed` or `failed` (the video object) or `deleted` (its id)."""
         key = key_of(request)
         await run_in_threadpool(service.job, key, video_id)
         if service.hub.num_listeners >= MAX_LISTENERS:

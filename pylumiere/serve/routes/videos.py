@@ -102,11 +102,14 @@ def add_videos(app: FastAPI, service: Service) -> None:
                    416: {"description": "The range lies outside of the file."}},
     )  # fmt: skip
     def download_content(request: Request, video_id: VideoId, variant: Variant = "video"):
-        """The clip as mp4, one frame as WebP, or a sheet of frames as JPEG. Takes ranges."""
+        """The clip as mp4, a small frame as WebP, a sheet of frames as JPEG, the first frame as PNG. Takes ranges."""
         key, (name, media_type) = key_of(request), VARIANTS[variant]
         path = service.store.lease(video_id, owner(key), name)
         if path is None:
             job = service.job(key, video_id)
+            if job.status == "completed":
+                text = f"{video_id} was made without the variant {variant!r}"
+                raise ApiError(404, text, code="not_found", param="variant")
             raise ApiError(404, f"{video_id} is {job.status}; there is no content", code="video_not_ready")
         try:
             return _LeasedFile(

@@ -1,4 +1,4 @@
-"""The operations of a STUNet on a CPU: oneDNN's products with weights in its own layout, and a norm in C++.
+"""The operations of the networks on a CPU: oneDNN's products with weights in its own layout, and a norm in C++.
 
 Eager PyTorch makes three passes over memory for GroupNorm, modulation and SiLU, where one over a frame that stays in
 the cache will do. The C++ loop runs on the threads that PyTorch already keeps; a second pool
@@ -78,9 +78,25 @@ class CpuOps(PlainOps):
         self._packed[id(weight)] = packed
         weakref.finalize(weight, self._packed.pop, id(weight), None)  # a style's weights go with it
 
-    def activate(self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
+    def activate(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        *,
+        row_bias: Tensor | None = None,
+    ) -> Tensor:
+        if row_bias is not None:
+            x = x + row_bias[:, :, None, None]
         if norm is None or x.dtype not in _IS_BFLOAT16 or x.numel() == 0 or not x.is_contiguous():
             return super().activate(x, norm, scale, shift, silu)
+        if norm.over_frames and x.shape[1] > 1:
+            if scale is not None and scale.shape[1] > 1:
+                return super().activate(x, norm, scale, shift, silu)
+            clip = x.flatten(1, 2).unsqueeze(1)  # one tall frame
+            return self.activate(clip, norm, scale, shift, silu).view(x.shape)
         batch, frames, height, width, channels = x.shape
         for name, part in (("weight", norm.weight), ("bias", norm.bias), ("scale", scale), ("shift", shift)):
             if part is not None and (part.dtype != x.dtype or part.shape[-1] != channels or part.stride(-1) != 1):

@@ -70,7 +70,7 @@ class CountingOps(PlainOps):
         values = sum(t.numel() for t in tensors if t is not None)
         self.work[kind].append(Cost(flops, values * self.element_bytes))
 
-    def activate(self, x, norm, scale, shift, silu):
+    def activate(self, x, norm, scale, shift, silu, *, row_bias=None):
         if norm is not None:  # its statistics; the rest is done where the operation loads its input
             self._add("norm and activation", 4 * x.numel(), x)
         return x

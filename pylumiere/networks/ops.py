@@ -1,4 +1,4 @@
-"""The operations a STUNet is made of, in plain PyTorch: the definition that every backend must match.
+"""The operations that the networks are made of, in plain PyTorch: the definition that every backend must match.
 
 Activations are `[B, T, H, W, C]` and contiguous. A spatial op sees `[B*T, H, W, C]`, a temporal op `[B, T, H*W, C]`;
 PyTorch's convolutions see permuted views with channels-last strides, so nothing is copied between layers.
@@ -14,12 +14,13 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """GroupNorm per frame: statistics over H, W and the group's channels of one frame."""
+    """GroupNorm: statistics over H, W and the group's channels of one frame, or of all frames of a clip."""
 
     weight: Tensor  # [C]
     bias: Tensor  # [C]
     num_groups: int
     eps: float
+    over_frames: bool = False
 
 
 class Shift(NamedTuple):
@@ -64,12 +65,23 @@ class PlainOps:
 
     name = "torch"
 
-    def activate(self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
-        """silu(groupnorm(x) * (1 + scale) + shift); scale and shift are [B, 1 or T, C]."""
+    def activate(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        *,
+        row_bias: Tensor | None = None,
+    ) -> Tensor:
+        """silu(groupnorm(x + row_bias) * (1 + scale) + shift); row_bias, scale and shift are [B, 1 or T, C]."""
+        if row_bias is not None:
+            x = x + row_bias[:, :, None, None]
         if norm is not None:
-            batch, frames, height, width, channels = x.shape
-            y = F.group_norm(_frames(x), norm.num_groups, norm.weight, norm.bias, norm.eps)
-            x = y.permute(0, 2, 3, 1).view(batch, frames, height, width, channels)
+            y = _frames(x.flatten(1, 2).unsqueeze(1) if norm.over_frames else x)
+            y = F.group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            x = y.permute(0, 2, 3, 1).view(x.shape)
         if scale is not None:
             x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
         return F.silu(x) if silu else x
@@ -84,6 +96,7 @@ class PlainOps:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         temporal_shift: Shift | None = None,
         stride: int = 1,
         upsample: bool = False,
@@ -91,10 +104,10 @@ class PlainOps:
     ) -> Tensor:
         """A k x k convolution within each frame, weight [O, C, k, k], zero padding k // 2.
 
-        norm, scale, shift, silu and the temporal shift come before it, nearest upsampling by 2 with `upsample`;
-        `residual` is added after it. Returns [B, T, H', W', O].
+        row_bias, norm, scale, shift, silu and the temporal shift come before it, nearest upsampling by 2 with
+        `upsample`; `residual` is added after it. Returns [B, T, H', W', O].
         """
-        y = self.activate(x, norm, scale, shift, silu)
+        y = self.activate(x, norm, scale, shift, silu, row_bias=row_bias)
         if temporal_shift is not None:
             y = shift_frames(y, temporal_shift)
         v = _frames(y)
@@ -116,12 +129,13 @@ class PlainOps:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         stride: int = 1,
         upsample: int = 1,
         residual: Tensor | None = None,
     ) -> Tensor:
         """A convolution over frames, weight [O, C, 3], zero ends, optional stride or frame duplication before it."""
-        y = self.activate(x, norm, scale, shift, silu)
+        y = self.activate(x, norm, scale, shift, silu, row_bias=row_bias)
         if upsample > 1:
             y = y.repeat_interleave(upsample, 1)
         height, width = y.shape[2:4]
@@ -138,10 +152,11 @@ class PlainOps:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """A linear layer on the channels of [B, T, H, W, C], with the same prologue and epilogue."""
-        return self.matmul(self.activate(x, norm, scale, shift, silu), weight, bias, residual)
+        return self.matmul(self.activate(x, norm, scale, shift, silu, row_bias=row_bias), weight, bias, residual)
 
     def _conv2d(
         self,
@@ -160,6 +175,15 @@ class PlainOps:
         """x [..., C] weight^T + bias + residual: a linear layer alone, of any shape."""
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+        """LayerNorm over the last axis."""
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """h * gelu(g) of x [..., 2*C] = (h, g), by the exact error function: [..., C]."""
+        h, g = x.chunk(2, -1)
+        return h * F.gelu(g)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(D)) v. q [N, Sq, C], k and v [N, Sk, C]; mask [N, Sk] is True where keys are seen."""

@@ -65,6 +65,23 @@ def test_rows_of_any_layout_are_read_right():
         assert rel_rms(result, oracle(x, norm, scale, shift, True)) < BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("over_frames", [False, True])
+@pytest.mark.parametrize("frames", [1, 3])
+@torch.inference_mode()
+def test_row_bias_and_norms_over_frames_are_those_of_the_definition(frames, over_frames, dtype):
+    x, weight, bias, normal = parts((2, 3, 7, 5, 24), dtype)
+    norm = Norm(weight, bias, 3, 1e-5, over_frames)
+    rows = normal(2, frames, 48)[..., ::2]
+    for scale, shift in ((None, None), normal(2, frames, 48).chunk(2, -1)):
+        wide = (None if t is None else t.double() for t in (scale, shift))
+        wide_norm = Norm(weight.double(), bias.double(), 3, 1e-5, over_frames)
+        expected = PlainOps().activate(x.double(), wide_norm, *wide, True, row_bias=rows.double())
+        result = cpu_ops.CpuOps().activate(x, norm, scale, shift, True, row_bias=rows)
+        assert result.dtype == dtype and result.is_contiguous()
+        assert rel_rms(result, expected) < 2 * BOUND[dtype]  # the sum is rounded before the norm reads it
+
+
 @torch.inference_mode()
 def test_bits_do_not_depend_on_threads_or_neighbours():
     x, weight, bias, _ = parts((4, 5, 9, 9, 48), torch.bfloat16)

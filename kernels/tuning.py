@@ -159,6 +159,19 @@ _tiles = [  # whole tiles where the channels allow
 ]
 TABLE["temporal_shift"] = {0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
 TABLE["groupnorm_silu"] = {0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
+TABLE["geglu"] = {
+    0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 32}, 1, 1))],
+    75: [Row(Config({"BLOCK_S": 16, "BLOCK_C": 128}, 4, 1))],
+}
+TABLE["layer_norm"] = {  # whole tokens: BLOCK_C is C, rounded up
+    0: [Row(Config({"BLOCK_S": 4}, 1, 1))],
+    75: [
+        Row(Config({"BLOCK_S": 8}, 4, 1), lambda shape: shape["C"] <= 512),
+        Row(Config({"BLOCK_S": 4}, 4, 1), lambda shape: shape["C"] <= 1024),
+        Row(Config({"BLOCK_S": 2}, 4, 1), lambda shape: shape["C"] <= 2048),
+        Row(Config({"BLOCK_S": 1}, 8, 1)),
+    ],
+}
 
 
 def _fills(block: int) -> Callable[[dict[str, Any]], bool]:

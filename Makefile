@@ -34,8 +34,13 @@ test-cpp: $(VENV)/.test
 	$(BIN)/cmake --build build/cpp-$(or $(SANITIZE),plain)
 	$(BIN)/ctest --test-dir build/cpp-$(or $(SANITIZE),plain) --output-on-failure
 
+# The layers are looked at in a copy as an installation has it, where kernels/ and export/ lie in the package; and from
+# there, since lint-imports puts the working directory on the path.
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	rm -rf build/layers
+	$(BIN)/python -P setup.py --quiet build_py --build-lib build/layers
+	cd build/layers && $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/pyproject.toml
 
 # One line that names what the system lacks, before pip and CMake say it in forty.
 check:

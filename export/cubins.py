@@ -23,13 +23,13 @@ from typing import Any
 
 from pylumiere.export.spec import NetworkSpec
 
-from pylumiere.config import STUNetConfig
+from pylumiere.networks.families import AnyConfig
 
 FORMAT = 1
 
 
 def compile_network(
-    config: STUNetConfig,
+    config: AnyConfig,
     spec: NetworkSpec,
     targets: list[tuple[int, str]],
     folder: Path,

@@ -34,8 +34,7 @@ class Source:
 
         folder = find_model(model)
         self.config = load_checkpoint(folder).config  # everything in it is checked here
-        stages = ["base"] if self.config.ssr is None else ["base", "ssr"]
-        self.weights = {stage: f"model/{stage}.safetensors" for stage in stages}
+        self.weights = {name: f"model/{name}.safetensors" for name in self.config.networks}
         for stage, path in self.weights.items():
             shutil.copyfile(folder / f"{stage}.safetensors", staging / path)
         self.text = _write_text(self.config, staging)
@@ -58,7 +57,7 @@ class Source:
 def _write_text(config: ModelConfig, staging: Path) -> bundle.TextEncoder:
     """The text encoder's files: MiniLM's transformer in fp16 (45 MB), and its tokenizer."""
     kind = config.text_encoder.partition(":")[0]
-    width = config.base.network.text_dim or 1
+    width = config.first.network.text_dim or 1
     if kind == "hash":
         return bundle.TextEncoder(kind="hash", width=width)
     if kind != "minilm":

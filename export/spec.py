@@ -6,13 +6,14 @@ precision; a graph converts them at its ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pylumiere.checkpoints.bundle import ShapeRange, TensorSpec
-from pylumiere.config import ModelConfig, STUNetConfig
+from pylumiere.config import DECODER, ModelConfig
+from pylumiere.diffusion.plan import size_step
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.families import AnyConfig, Port, family_of
 
 OPSET = 18
 
@@ -42,19 +43,9 @@ class Axis:
         return min(max(int(high * fraction) | 1, low), high) * self.multiple
 
 
-@dataclass(frozen=True)
-class Port:
-    """An input or output. `axes` are names of dynamic axes, or fixed sizes."""
-
-    name: str
-    dtype: str
-    axes: tuple[str | int, ...]
-
-    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
-
-    def tensor_spec(self) -> TensorSpec:
-        return TensorSpec(name=self.name, dtype=self.dtype)
+def tensor_spec(port: Port) -> TensorSpec:
+    """A port as the manifest has it."""
+    return TensorSpec(name=port.name, dtype=port.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class NetworkSpec:
     """The interface of one network.
 
     Attributes:
-        stage: "base", "ssr" or "text".
+        stage: its name, "decoder" or "text".
         inputs, output: in the order of the graph.
         axes: ranges of the dynamic axes, by name.
         buckets: sizes of all axes for which plans get a profile of their own; the batch is the largest of each.
@@ -120,7 +111,7 @@ def network_specs(
 
     Args:
         batch: largest batch; 2 is one clip with guidance.
-        frames: numbers of frames of the base network; () for the model's own.
+        frames: numbers of frames of the first network; () for the model's own.
         sizes: (height, width) of the finished clip; () for the model's own.
 
     Raises:
@@ -128,23 +119,25 @@ def network_specs(
     """
     if not 1 <= batch <= MAX_BATCH:
         raise InvalidRequest(f"--batch {batch} is not in 1..{MAX_BATCH}")
-    base, last = config.base.network, (config.ssr or config.base).network
-    frames = frames or (base.num_frames,)
+    first = config.first.network
+    frames = frames or (first.num_frames,)
     for count in frames:
-        _check_multiple("--frames", count, base.temporal_factor, 4096)
-    sizes = sizes or ((last.height, last.width),)
-    scale = (1, 1) if config.ssr is None else (last.height // base.height, last.width // base.width)
-    small = []
+        _check_multiple("--frames", count, first.temporal_factor, 4096)
+    sizes = sizes or (config.size,)
     for height, width in sizes:
-        for name, value, times, factor in (("height", height, scale[0], base.spatial_factor),
-                                           ("width", width, scale[1], base.spatial_factor)):  # fmt: skip
-            unit = math.lcm(times * factor, last.spatial_factor)
-            _check_multiple(f"--size ({name})", value, unit, 16384)
-        small.append((height // scale[0], width // scale[1]))
-    specs = {"base": _stunet_spec("base", base, config.text_tokens, batch, frames, tuple(small))}
-    if config.ssr is not None:
-        window = config.window_frames + 2 * config.halo_frames
-        specs["ssr"] = _stunet_spec("ssr", last, config.text_tokens, batch, (window,), sizes)
+        for name, value in (("height", height), ("width", width)):
+            _check_multiple(f"--size ({name})", value, size_step(config), 16384)
+    specs = {}
+    for index, (stage, scale) in enumerate(zip(config.stages, config.scales, strict=True)):
+        small = tuple((height // scale, width // scale) for height, width in sizes)
+        lengths = frames if index == 0 or stage.windows is None else (stage.windows.frames + 2 * stage.windows.halo,)
+        specs[stage.name] = _network_spec(stage.name, stage.network, config.text_tokens, batch, lengths, small)
+    if config.decoder is not None:
+        scale = config.decoder_scale
+        small = tuple((height // scale, width // scale) for height, width in sizes)
+        specs[DECODER] = _network_spec(
+            DECODER, config.decoder.network, config.text_tokens, 1, (config.decoder.group_frames,), small
+        )
     return specs
 
 
@@ -155,32 +148,21 @@ def text_spec(text_tokens: int, width: int) -> NetworkSpec:
     return NetworkSpec("text", inputs, output, {"B": Axis("B", 1, 1, 8)}, ({"B": 1},))
 
 
-def _stunet_spec(
-    stage: str, network: STUNetConfig, text_tokens: int, batch: int, frames: tuple[int, ...], sizes: tuple
+def _network_spec(
+    stage: str, network: AnyConfig, text_tokens: int, batch: int, frames: tuple[int, ...], sizes: tuple
 ) -> NetworkSpec:
-    inputs = [Port("sample", "fp32", ("B", "T", "H", "W", network.in_channels)), Port("timesteps", "fp32", ("B",))]
-    if network.text_dim:
-        inputs += [
-            Port("text", "fp32", ("B", text_tokens, network.text_dim)),
-            Port("text_mask", "bool", ("B", text_tokens)),
-        ]
-    if network.noise_level:
-        inputs.append(Port("noise_level", "fp32", ("B",)))
-    output = Port("prediction", "fp32", ("B", "T", "H", "W", network.out_channels))
+    ports = family_of(network).ports(network, text_tokens)
     buckets = tuple(
         {"B": batch, "T": count, "H": height, "W": width} for count in sorted(set(frames)) for height, width in sizes
     )
-    # One frame is a network of its own where frames are shifted or embedded, see STUNet.
-    has_single = not network.frame_embedding and not any(level.shift for level in network.levels)
-    shortest = network.temporal_factor if network.temporal_factor > 1 or has_single else 2
-    first = buckets[0]
+    first, factor = buckets[0], network.spatial_factor
     axes = {
         "B": Axis("B", 1, 1, batch),
-        "T": Axis("T", shortest, first["T"], max(b["T"] for b in buckets), network.temporal_factor),
-        "H": Axis("H", network.spatial_factor, first["H"], max(b["H"] for b in buckets), network.spatial_factor),
-        "W": Axis("W", network.spatial_factor, first["W"], max(b["W"] for b in buckets), network.spatial_factor),
+        "T": Axis("T", network.min_frames, first["T"], max(b["T"] for b in buckets), network.temporal_factor),
+        "H": Axis("H", factor, first["H"], max(b["H"] for b in buckets), factor),
+        "W": Axis("W", factor, first["W"], max(b["W"] for b in buckets), factor),
     }
-    return NetworkSpec(stage, tuple(inputs), output, axes, buckets)
+    return NetworkSpec(stage, ports.inputs, ports.output, axes, buckets)
 
 
 def _check_multiple(option: str, value: int, unit: int, limit: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pylumiere.export import to_tensorrt
 from pylumiere.export.cache import Cache, hash_sources, key_of
-from pylumiere.export.spec import TOLERANCE, NetworkSpec, text_spec
+from pylumiere.export.spec import TOLERANCE, NetworkSpec, tensor_spec, text_spec
 from pylumiere.export.targets import PlanTarget, local_gpu
 
 import pylumiere
@@ -226,14 +226,14 @@ class Export:
         if hit:
             self.cached.add(name)
         if spec is not None:
-            fields["inputs"] = tuple(port.tensor_spec() for port in spec.inputs)
-            fields["outputs"] = (spec.output.tensor_spec(),)
+            fields["inputs"] = tuple(tensor_spec(port) for port in spec.inputs)
+            fields["outputs"] = (tensor_spec(spec.output),)
         return bundle.Artefact(name=name, **fields)
 
     def _network(self, stage: str) -> Any:
         if stage == "text":
             return "minilm"
-        return getattr(self.source.config, stage).network.to_dict()
+        return self.source.config.networks[stage].to_dict()
 
     def _weights(self, stage: str) -> str:
         return str(self.staging / self.source.weights[stage])

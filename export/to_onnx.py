@@ -26,10 +26,9 @@ import torch
 from pylumiere.export.spec import FORBIDDEN_OPS, OPSET, TOLERANCE, NetworkSpec
 from torch import Tensor
 
-from pylumiere.config import STUNetConfig
 from pylumiere.errors import BundleError
+from pylumiere.networks.families import AnyConfig, build_network
 from pylumiere.networks.ops import PlainOps
-from pylumiere.networks.stunet import STUNet
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
@@ -56,10 +55,9 @@ class ExportOps(PlainOps):
 _MASKED = 3e4  # exp(-3e4) is 0 in every precision, and 3e4 is in the range of each
 
 
-def network_forward(config: STUNetConfig) -> tuple[Forward, dict[str, tuple[int, ...]]]:
-    """A STUNet as a function of its weights and its inputs, and the shapes of the weights. Holds no data."""
-    with torch.device("meta"):
-        network = STUNet(config).eval().to(torch.float64)
+def network_forward(config: AnyConfig) -> tuple[Forward, dict[str, tuple[int, ...]]]:
+    """A network as a function of its weights and its inputs, and the shapes of the weights. Holds no data."""
+    network = build_network(config).to(torch.float64)
     network.ops = ExportOps()
 
     def forward(weights, inputs):

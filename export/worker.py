@@ -59,7 +59,7 @@ def _forward(job: dict[str, Any], spec: NetworkSpec):
     if spec.stage == "text":
         header, _ = to_onnx.read_safetensors_header(Path(job["weights"]))
         return to_onnx.minilm_forward({name: tuple(entry["shape"]) for name, entry in header.items()})
-    return to_onnx.network_forward(getattr(ModelConfig.from_dict(job["model"]), spec.stage).network)
+    return to_onnx.network_forward(ModelConfig.from_dict(job["model"]).networks[spec.stage])
 
 
 def _portable(job: dict[str, Any], out: Path, report) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def _eager(job: dict[str, Any], spec: NetworkSpec, weights: Path):
     from pylumiere.export import to_onnx
     from safetensors.torch import load_file
 
-    from pylumiere.checkpoints.native import build_network
+    from pylumiere.networks.families import build_network
 
     tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     if spec.stage == "text":
         forward, _ = to_onnx.minilm_forward({})
         return lambda inputs: forward(tensors, inputs)
-    network = build_network(getattr(ModelConfig.from_dict(job["model"]), spec.stage).network, tensors)
+    network = build_network(ModelConfig.from_dict(job["model"]).networks[spec.stage], tensors)
     return lambda inputs: network(**inputs)
 
 
@@ -147,7 +147,7 @@ def _cubins(job: dict[str, Any], out: Path, report) -> dict[str, Any]:
     spec = NetworkSpec.from_json(job["spec"])
     config = ModelConfig.from_dict(job["model"])
     found = compile_network(
-        getattr(config, spec.stage).network, spec, [tuple(target) for target in job["targets"]], out,
+        config.networks[spec.stage], spec, [tuple(target) for target in job["targets"]], out,
         text_tokens=config.text_tokens, compiled=Path(job["compiled"]), jobs=job["jobs"], report=report,
     )  # fmt: skip
     return {"targets": found}

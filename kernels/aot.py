@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import queue
 import re
 import subprocess
@@ -37,6 +38,9 @@ _INSTRUCTIONS = (
 )  # fmt: skip
 # What a matrix product in 16 bits must become on each chip; Triton has no matrix instruction for sm 75.
 EXPECTED = {75: "fma", 80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+# Called with one of `NETWORKS`, a capability and a dtype; returns a Recording. Found by its name when it is needed,
+# since the kernels import nothing of the networks that run on them.
+RECORDER = "pylumiere.backends.triton:record_preset"
 NETWORKS = ("demo-base", "demo-ssr", "stunet-b", "ssr-b", "stunet-l", "ssr-l")
 
 
@@ -59,14 +63,11 @@ def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict
 
 def network_launches(arch: int, dtype: torch.dtype, networks: Iterable[str] = NETWORKS) -> dict[str, launching.Launch]:
     """Distinct launches of shipped networks, by kernel and the first network and sizes that need it."""
-    # The one place where the kernels know of networks: here only to ask which kernels those need.
-    from pylumiere.backends.triton import record_network
-    from pylumiere.networks.stunet.presets import stage_preset
+    record = pkgutil.resolve_name(RECORDER)
 
     def named() -> Iterator[tuple[str, launching.Launch]]:
         for network in networks:
-            recording = record_network(stage_preset(network).network, arch, dtype)
-            for launch in recording.launches:
+            for launch in record(network, arch, dtype).launches:
                 sizes = "-".join(f"{name}{launch.args[name]}" for name in ("T", "H", "C", "O") if name in launch.args)
                 yield f"{_function(launch)}: {network} {sizes}", launch
 

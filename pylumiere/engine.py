@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import threading
 import time
@@ -24,12 +25,14 @@ import pylumiere
 from pylumiere.backends import Choice
 from pylumiere.checkpoints.adapters import Style, StyleChoice, find_style, read_style, style_names
 from pylumiere.config import ModelConfig
-from pylumiere.diffusion.plan import Feed, Pipeline, StagePlan, plan_request, plan_ssr, ssr_scale
+from pylumiere.diffusion.plan import DecoderPlan, StagePlan, plan_request, plan_upscaling, size_step
+from pylumiere.diffusion.stages import Feed, Pipeline
 from pylumiere.diffusion.windows import memory_bytes
 from pylumiere.errors import InvalidRequest
 from pylumiere.loading import load_model, make_backend
 from pylumiere.media.video import Video
 from pylumiere.request import MAX_SIDE, GenerationRequest, Progress
+from pylumiere.scheduling.batching import call_shape
 from pylumiere.scheduling.jobs import Chunk, Job, Order, Stream
 from pylumiere.scheduling.memory import (
     LIBRARY_BYTES,
@@ -41,7 +44,7 @@ from pylumiere.scheduling.memory import (
     parse_bytes,
     resident_bytes,
 )
-from pylumiere.scheduling.scheduler import SPARE, Scheduler, call_shape
+from pylumiere.scheduling.scheduler import SPARE, Scheduler
 
 if TYPE_CHECKING:
     from pylumiere.backends.torch import TorchBackend
@@ -78,7 +81,7 @@ class Engine:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidRequest(f"{name}={value!r} should be an integer of at least {least}")
         self.config: ModelConfig = checkpoint.config
-        self.scale = ssr_scale(checkpoint.config)
+        self.scale = checkpoint.config.scales[0] // checkpoint.config.decoder_scale
         on_cpu = choice.device.type == "cpu"
         self.reproducible = on_cpu if reproducible is None else reproducible
         self.memory_budget = memory_budget
@@ -210,8 +213,11 @@ class Engine:
         Raises:
             InvalidRequest: wrong values, frames that are no pictures or change their size, or none at all.
         """
-        if self.config.ssr is None:
+        stages = self.config.stages[1:]
+        if not stages:
             raise InvalidRequest(f"model {self.config.name!r} has no super-resolution stage")
+        if self.config.decoder is not None:
+            raise InvalidRequest(f"model {self.config.name!r}: its stages enlarge latents, not pixels")
         # The request's own checks, for the fields both have.
         fields = dict(
             num_frames=num_frames, fps=fps, seed=seed, num_inference_steps=num_inference_steps,
@@ -221,7 +227,7 @@ class Engine:
         request = _request("upscale", fields)
         if loop and num_frames is None:
             raise InvalidRequest("loop=True needs num_frames: the length of the input is not known")
-        if self.config.ssr.network.text_dim:
+        if any(stage.network.text_dim for stage in stages):
             raise InvalidRequest(f"model {self.config.name!r}: its super-resolution stage needs a prompt")
         metadata = {
             "model": self.config.name, "seed": request.seed, "num_frames": num_frames,
@@ -229,13 +235,13 @@ class Engine:
             "seconds": {},
         }  # fmt: skip
 
-        def plan(height: int, width: int):
-            return plan_ssr(
+        def plan(height: int, width: int) -> tuple[StagePlan, ...]:
+            return plan_upscaling(
                 self.config, height, width, num_frames=num_frames, window=window_frames, overlap=window_overlap,
                 loop=loop, num_inference_steps=num_inference_steps,
             )  # fmt: skip
 
-        plan(self.config.ssr.network.height, self.config.ssr.network.width)  # refuses before the first frame is read
+        plan(*self.config.size)  # refuses before the first frame is read
         return Stream(self._upscaled(frames, request, metadata, plan), metadata)
 
     def submit(
@@ -285,9 +291,8 @@ class Engine:
         calls = {}
         for fields in shapes:
             order, _ = self._ordered(_request("warm up", {"seed": 0, **fields}))
-            if order.plan.ssr is not None:
-                calls[call_shape(order.plan.base)] = self._call_bytes(order.plan.base)
-            calls[call_shape(order.last, SPARE if order.is_chained else 0)] = self._call_bytes(order.last)
+            for stage in order.stages:
+                calls[call_shape(stage, SPARE if order.is_fed(stage) else 0)] = self._call_bytes(stage)
         self._scheduler.warm_up(calls)
         self._pipeline.encoder.encode(["warm up"])
         return time.monotonic() - begun
@@ -303,7 +308,7 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """What is loaded and what was chosen, as JSON values."""
-        base, ssr = self.config.base, self.config.ssr
+        stages, (height, width) = self.config.stages, self.config.size
         return {
             "model": self.config.name,
             "folder": str(self._folder),
@@ -317,15 +322,20 @@ class Engine:
             "weight_bytes": self._backend.weight_bytes,
             "memory_budget": self.memory_budget,
             "defaults": {
-                "num_frames": base.network.num_frames,
+                "num_frames": self.config.first.network.num_frames,
                 "fps": self.config.fps,
-                "height": (ssr or base).network.height,
-                "width": (ssr or base).network.width,
-                "base": base.sampling.to_dict(),
-                "ssr": ssr and ssr.sampling.to_dict(),
-                "window_frames": self.config.window_frames,
-                "window_overlap": self.config.window_overlap,
+                "height": height,
+                "width": width,
             },
+            "stages": {
+                stage.name: {
+                    "family": stage.network.family,
+                    "sampling": stage.sampling.to_dict(),
+                    "windows": stage.windows and stage.windows.to_dict(),
+                }
+                for stage in stages
+            },
+            "decoder": self.config.decoder and self.config.decoder.network.family,
             "versions": {
                 "pylumiere": pylumiere.__version__,
                 "python": platform.python_version(),
@@ -397,9 +407,10 @@ class Engine:
             "seed": plan.seed, "num_frames": plan.num_frames, "fps": plan.fps, "height": plan.height,
             "width": plan.width, "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale, "application": plan.task.name, "style": plan.task.style and
-            plan.task.style[0], "loop": request.loop, **self._choice_facts(), "seconds": {},
+            plan.task.style[0], "loop": request.loop, "output_type": request.output_type, **self._choice_facts(), "seconds": {},
         }  # fmt: skip
-        return Order(plan, plan.ssr or plan.base, plan.seed, (plan.height, plan.width)), metadata
+        crop = plan.stages[-1].frame_shape[:2]
+        return Order(plan, plan.stages, plan.seed, crop), metadata
 
     def styles(self) -> list[str]:
         """Names of the styles that the model brings; none where the backend cannot change weights."""
@@ -417,7 +428,7 @@ class Engine:
         key = (path, stat.st_mtime_ns, stat.st_size)
         style = self._read_styles.get(key)
         if style is None:
-            style = read_style(path, self.config.base.network, self._backend.fingerprint)
+            style = read_style(path, self.config.first.network, self._backend.fingerprint)
             if len(self._read_styles) >= MAX_STYLES:
                 self._read_styles.clear()
             self._read_styles[key] = style
@@ -428,9 +439,8 @@ class Engine:
         return self._queue(request, order, metadata, timeout, buffer_frames)
 
     def _queue(self, request, order, metadata, timeout=None, buffer_frames=None) -> Job:
-        for stage in [order.last] if order.plan is None or order.plan.ssr is None else [order.plan.base, order.last]:
-            shape = (1, stage.windows.call_frames, stage.height, stage.width)
-            self._backend.check(stage.name, (*shape, self._pipeline.network(stage.name).in_channels))
+        for stage in order.stages:
+            self._backend.check(stage.name, (1, stage.windows.call_frames, *stage.input_shape))
         job = Job(self._scheduler, request, order, metadata, buffer_frames=buffer_frames, timeout=timeout,
                   keep_alive=self)  # fmt: skip
         self._scheduler.submit(job, self._need(order, request, buffer_frames))
@@ -440,52 +450,65 @@ class Engine:
         """Bytes of a request; counted only where there is a budget."""
         if self.memory_budget is None:
             return Need(0, {})
-        stages = [order.last] if order.plan is None or order.plan.ssr is None else [order.plan.base, order.last]
-        owner = 0 if order.feed is None and not order.is_chained else id(order)
-        calls = {call_shape(stage, owner): self._call_bytes(stage) for stage in stages}
-        # A chain's stages run at once, others one after the other.
-        own = (sum if order.is_chained else max)(self._clip_bytes(stage) for stage in stages)
+        calls = {
+            call_shape(stage, id(order) if order.is_fed(stage) else 0): self._call_bytes(stage)
+            for stage in order.stages
+        }
+        own = max(sum(self._clip_bytes(stage) for stage in together) for together in order.together())
         if self._choice.device.type != "cpu":  # the rest is host memory
             return Need(int(own * OWN_FACTOR), calls)
         last = order.last
-        pixel = 3 if request.output_type == "uint8" else 12
         kept = last.windows.num_frames if buffer_frames is None else buffer_frames + last.windows.window
-        own += kept * last.height * last.width * pixel
+        own += kept * math.prod(last.frame_shape) * (1 if request.output_type == "uint8" else 4)
         if order.plan is not None:
-            low = order.plan.num_frames * order.plan.base.height * order.plan.base.width
-            own += low * 4 * 2 * 3 + order.plan.task.num_bytes  # the base's frames, once more while they are joined
+            first = order.plan.first
+            # Its frames, once more while they are joined.
+            own += 4 * 2 * order.plan.num_frames * math.prod(first.frame_shape) + order.plan.task.num_bytes
         return Need(int(own * OWN_FACTOR), calls)
 
-    def _clip_bytes(self, stage: StagePlan) -> int:
+    def _clip_bytes(self, stage: StagePlan | DecoderPlan) -> int:
         """Frame states; on a CPU also conditioning frames that wait, and frames on their way out."""
+        if isinstance(stage, DecoderPlan):
+            return 4 * 2 * stage.windows.window * (math.prod(stage.frame_shape) + math.prod(stage.input_shape))
         steps, capacity = len(stage.table.timesteps), self._capacity(stage.is_guided)
         states = memory_bytes(
-            stage.windows, frame_shape=(stage.height, stage.width, 3), steps=steps, capacity=capacity,
+            stage.windows, frame_shape=stage.frame_shape, steps=steps, capacity=capacity,
             num_outputs=2 if stage.is_guided else 1, multistep=stage.table.uses_previous,
         )  # fmt: skip
         if self._choice.device.type != "cpu":
             return states
         slots, _ = stage.windows.buffer_sizes(steps, capacity)
-        frame = 4 * stage.height * stage.width * 3
+        frame = 4 * math.prod(stage.frame_shape)
         return states + frame * (slots + stage.windows.call_frames)
 
-    def _call_bytes(self, stage: StagePlan) -> CallBytes:
-        network = self._pipeline.network(stage.name)
+    def _call_bytes(self, stage: StagePlan | DecoderPlan) -> CallBytes:
+        network = stage.network
+        on_cpu = self._choice.device.type == "cpu"
+        if isinstance(stage, DecoderPlan):
+            return self._decoder_bytes(stage, on_cpu)
         capacity = self._capacity(stage.is_guided)
         rows = (2 if stage.is_guided else 1) * capacity
         frames, values = stage.windows.call_frames, stage.windows.call_frames * stage.height * stage.width
-        on_cpu = self._choice.device.type == "cpu"
         part_rows = rows if not on_cpu else 1 if self.reproducible else -(-rows // self._lanes)
         activations = activation_bytes(
             network, part_rows, frames, stage.height, stage.width, self._backend.dtype, self.config.text_tokens
         )
         if not on_cpu:  # the lanes' calls follow each other on one stream
             # States and conditioning once a window; the sample, the prediction and the step's copies of rows.
-            channels = network.in_channels
-            return CallBytes(4 * values * (channels * capacity + (channels + 6) * rows), activations)
+            channels, noisy = network.in_channels, network.out_channels
+            return CallBytes(4 * values * (channels * capacity + (channels + 2 * noisy) * rows), activations)
         # x, the sample, the prediction and its copy, and a part's own sample.
-        buffers = 4 * values * (rows * (3 + network.in_channels + 3) + self._lanes * part_rows * 3)
+        noisy = network.out_channels
+        buffers = 4 * values * (rows * (network.in_channels + 2 * noisy) + self._lanes * part_rows * noisy)
         return CallBytes(buffers, min(self._lanes, rows) * activations)
+
+    def _decoder_bytes(self, stage: DecoderPlan, on_cpu: bool) -> CallBytes:
+        group, (height, width, _) = stage.windows.window, stage.input_shape
+        rows = 1 if on_cpu and self.reproducible else group
+        parts = min(self._lanes, -(-group // rows)) if on_cpu else 1
+        activations = activation_bytes(stage.network, 1, rows, height, width, self._backend.dtype)
+        frame = math.prod(stage.frame_shape)
+        return CallBytes(4 * group * (math.prod(stage.input_shape) + frame), parts * (activations + 4 * rows * frame))
 
     def _chunks(self, request: GenerationRequest, order: Order, metadata: dict[str, Any]) -> Iterator[Chunk]:
         job = self._queue(request, order, metadata, buffer_frames=1)
@@ -506,10 +529,10 @@ class Engine:
                 f"at most {MAX_SIDE // self.scale} a side"
             )
         metadata["height"], metadata["width"] = height, width
-        factor = self.config.ssr.network.spatial_factor
-        step = factor // np.gcd(factor, self.scale)  # of the low-resolution sides
+        unit = size_step(self.config, first=1)
+        step = unit // math.gcd(unit, self.scale)  # of the low-resolution sides
         edges = ((0, -first.shape[0] % step), (0, -first.shape[1] % step), (0, 0))
-        stage = plan(height + int(edges[0][1]) * self.scale, width + int(edges[1][1]) * self.scale)
+        stages = plan(height + edges[0][1] * self.scale, width + edges[1][1] * self.scale)
         feed = Feed()
         feed.put(np.pad(first, edges, mode="edge"))
 
@@ -517,7 +540,7 @@ class Engine:
             frame = next(low, None)
             return None if frame is None else np.pad(frame, edges, mode="edge")
 
-        job = self._queue(request, Order(None, stage, request.seed, (height, width), feed), metadata, buffer_frames=1)
+        job = self._queue(request, Order(None, stages, request.seed, (height, width), feed), metadata, buffer_frames=1)
         count = 0
         try:
             for chunk in job._follow(read=read):

@@ -221,7 +221,8 @@ def _shapes(artefact: Artefact, full: bool) -> list[dict[str, tuple[int, ...]]]:
 
 def _eager(bundle: Bundle, artefact: Artefact):
     """The stage's eager model in fp32, as a function of the artefact's inputs by name."""
-    from pylumiere.checkpoints.native import build_network, read_weights
+    from pylumiere.checkpoints.native import read_weights
+    from pylumiere.networks.families import build_network
 
     if artefact.stage == "text":
         from pylumiere.networks.text import MiniLMEncoder
@@ -229,7 +230,7 @@ def _eager(bundle: Bundle, artefact: Artefact):
         text = bundle.manifest.text
         encoder = MiniLMEncoder(bundle.config.text_tokens, bundle.read(text.tokenizer), bundle.read(text.weights))
         return lambda input_ids, attention_mask: encoder._forward(input_ids, attention_mask.bool())
-    config = (bundle.config.base if artefact.stage == "base" else bundle.config.ssr).network
+    config = bundle.config.networks[artefact.stage]
     path = bundle.manifest.weights[artefact.stage]
     weights = read_weights(bundle.path / path, config, bundle.read(path))
     network = build_network(config, {name: tensor.float() for name, tensor in weights.items()})
@@ -252,7 +253,7 @@ def _operand(bundle: Bundle, name: str, dtype: torch.dtype, shape: tuple[int, ..
     if name == "input_ids":
         return torch.randint(0, 1000, shape, generator=generator).to(dtype)
     if name == "timesteps":
-        last = bundle.config.base.schedule.num_train_timesteps
+        last = bundle.config.first.schedule.num_train_timesteps
         return (torch.rand(shape, generator=generator) * last).to(dtype)
     if name == "noise_level":
         return torch.rand(shape, generator=generator).to(dtype)

@@ -58,11 +58,10 @@ class BundleModel:
         """The networks' weights, for PyTorch and our kernels."""
         bundle, weights = self.bundle, self.bundle.manifest.weights
 
-        def stage(name: str, network) -> dict:
-            return read_weights(bundle.path / weights[name], network, bundle.read(weights[name]))
+        def network(name: str, config) -> dict:
+            return read_weights(bundle.path / weights[name], config, bundle.read(weights[name]))
 
-        ssr = None if self.config.ssr is None else stage("ssr", self.config.ssr.network)
-        return Checkpoint(bundle.path, self.config, stage("base", self.config.base.network), ssr)
+        return Checkpoint(bundle.path, self.config, {n: network(n, c) for n, c in self.config.networks.items()})
 
     def text_encoder(self) -> TextEncoder:
         """The bundle's text encoder: its graph or its weights, as was chosen.

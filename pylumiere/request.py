@@ -1,6 +1,6 @@
 """GenerationRequest: what a user asks for, checked at the edge.
 
-Only what can be judged without a model is judged here; `pipeline.plan_request` checks the rest against the model
+Only what can be judged without a model is judged here; `diffusion.plan.plan_request` checks the rest against the model
 (frames the network cannot divide, sizes it does not make) and fills in the model's defaults for fields left at None.
 
 Pixels in a request and in a result are uint8 in 0..255 or float in 0..1. The networks' range -1..1 stays inside.
@@ -27,19 +27,22 @@ MIN_SIDE = 2  # of a given picture
 EDGES = ("left", "right", "top", "bottom")
 MAX_STEPS = 1_000
 MAX_INPUT_BYTES = 2**31  # of one image, video or mask
+ARRAYS = ("image", "video", "mask", "keyframes", "expand", "latents")  # not shown in an error
+MAX_LORAS = 8
+MAX_LORA_STRENGTH = 4
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a generation stands; what `callback_on_step_end` receives after every denoiser call.
 
-    Stages run one after the other; for a clip longer than the base's window they run at once, and reports of both
-    alternate. A stage that works in windows runs tasks (window, step) in an order of its own;
+    Stages run one after the other; where one's frames go to the next as they become final they run at once, and reports
+    of both alternate. A stage that works in windows runs tasks (window, step) in an order of its own;
     `step` is then the number of tasks done over the number of windows, rounded down. While an input of unknown length
     is read, `step` is the number of tasks done, and what depends on the length is None.
     """
 
-    stage: str  # "base" or "ssr"
+    stage: str  # its name in the model; "decoder"
     step: int
     steps: int | None
     frames_final: int  # frames of the stage's clip that will not change any more
@@ -54,11 +57,11 @@ class GenerationRequest(BaseModel):
         prompt: what to show; not empty.
         negative_prompt: what guidance leads away from; the empty prompt by default.
         num_frames, fps: length and rate of the clip. The network divides num_frames; the engine names what it allows.
-        height, width: of the result, after the super-resolution stage.
-        num_inference_steps: of the base stage. The super-resolution stage takes its own number from the model.
+        height, width: of the result, after all stages and the decoder.
+        num_inference_steps: of the first stage. Later ones take their own numbers from the model.
         guidance_scale: 1 turns guidance off (one network call a step instead of two).
         seed: 0 .. 2**64-1; drawn at random and reported with the result if None.
-        sampler: "ddpm", "ddim", "dpmpp_2m" or "euler" (flow models).
+        sampler: "ddpm", "ddim", "dpmpp_2m" or "euler".
         image: [H, W, 3]; the clip's first frame.
         keyframes: frame number to [H, W, 3]; more given frames. Negative numbers count from the end: -1 is the last.
         video: [T, H, W, 3]; conditions every frame where `mask` is 0. Without a mask it is the start that `strength`
@@ -69,11 +72,17 @@ class GenerationRequest(BaseModel):
         strength: with `video` and no mask, the share of the noise schedule to run, in 0..1 without 0.
         style: name of a style of the model, or a style's file; see `pylumiere.checkpoints.adapters`.
         style_strength: 0 is the model as it is, 1 is the style.
+        lora: LoRA files for the first stage's network, each "FILE" or "FILE:STRENGTH" (1 if not given), or a mapping of
+            files to strengths; applied in their order.
         loop: the clip's last frame runs into its first.
-        window_frames, window_overlap: temporal windows of the super-resolution stage.
+        latents: [T, h, w, C] float32, the first stage's noise to start from, of unit variance; drawn from the seed if
+            None. h, w and C are those of the stage's frames.
+        window_frames, window_overlap: temporal windows of the stages after the first; of the first where it is the only
+            one.
         callback_on_step_end: called with a Progress after every denoiser call, from the thread that works. What it
             raises ends the generation and reaches the caller.
-        output_type: "uint8" in 0..255, or "float" (float32 in 0..1).
+        output_type: "uint8" in 0..255, "float" (float32 in 0..1), or "latent": the last stage's frames before a
+            decoder, float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -97,11 +106,13 @@ class GenerationRequest(BaseModel):
     strength: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     style: str | PathLike | None = None
     style_strength: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    lora: Any = None
     loop: bool = Field(False, strict=True)
+    latents: Any = None
     window_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
     window_overlap: int | None = Field(None, ge=0)
     callback_on_step_end: Callable[[Progress], None] | None = None
-    output_type: Literal["uint8", "float"] = "uint8"
+    output_type: Literal["uint8", "float", "latent"] = "uint8"
 
     def __init__(self, **fields: Any):
         try:
@@ -183,6 +194,42 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"should give at least one edge, each in 0..{MAX_SIDE} pixels")
         return MappingProxyType(pixels)
 
+    @field_validator("lora")
+    @classmethod
+    def _lora(cls, value: Any) -> tuple[tuple[str, float], ...] | None:
+        """(file, strength) in order."""
+        if value is None:
+            return None
+        if isinstance(value, (str, PathLike)):
+            value = [value]
+        entries = value.items() if isinstance(value, Mapping) else [_lora_entry(entry) for entry in value]
+        chosen = tuple((str(file), cls._real(strength)) for file, strength in entries)
+        if not 1 <= len(chosen) <= MAX_LORAS:
+            raise ValueError(f"has {len(chosen)} files; allowed are 1..{MAX_LORAS}")
+        for file, strength in chosen:
+            if not file or not abs(strength) <= MAX_LORA_STRENGTH:
+                raise ValueError(f"{file!r} has strength {strength:g}; allowed are -{MAX_LORA_STRENGTH}.."
+                                 f"{MAX_LORA_STRENGTH}")  # fmt: skip
+        return chosen
+
+    @field_validator("latents")
+    @classmethod
+    def _latents(cls, value: Any) -> np.ndarray | None:
+        if value is None:
+            return None
+        if not (hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
+            raise ValueError(f"should be an array [T, h, w, C], not {type(value).__name__}")
+        array = np.asarray(value)
+        if array.ndim != 4 or 0 in array.shape or array.nbytes > MAX_INPUT_BYTES:
+            raise ValueError(f"should have shape [T, h, w, C], not {list(array.shape)}")
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(f"dtype {array.dtype} should be float32")
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError("holds NaN or infinity")
+        array.setflags(write=False)
+        return array
+
     @field_validator("video")
     @classmethod
     def _video(cls, value: Any) -> Any:
@@ -216,6 +263,8 @@ class GenerationRequest(BaseModel):
             raise ValueError("mask is given without a video or an image to keep")
         if self.expand is not None and self.image is None and self.video is None and self.keyframes is None:
             raise ValueError("expand is given without a video or an image to expand")
+        if self.latents is not None and self.video is not None:
+            raise ValueError("latents and video are both given, and a clip starts from one of them")
         if self.style is None and self.style_strength != 1.0:
             raise ValueError(f"style_strength={self.style_strength} has no meaning without a style")
         if self.video is not None and self.mask is None and self.expand is None and self.strength == 1.0:
@@ -234,6 +283,19 @@ class GenerationRequest(BaseModel):
                 f"{given.shape[-3]} x {given.shape[-2]} (height x width); give equal sizes"
             )
         return self
+
+
+def _lora_entry(entry: Any) -> tuple[str, float]:
+    """"FILE:STRENGTH" or "FILE", or a pair; the last colon counts, and only before a number."""
+    if isinstance(entry, (str, PathLike)):
+        file, colon, strength = str(entry).rpartition(":")
+        try:
+            return (file, float(strength)) if colon else (str(entry), 1.0)
+        except ValueError:
+            return str(entry), 1.0
+    if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], (str, PathLike)):
+        return str(entry[0]), entry[1]
+    raise ValueError(f'should be "FILE" or "FILE:STRENGTH", not {type(entry).__name__}')
 
 
 def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndarray:
@@ -276,7 +338,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
         elif not name:
             clauses.append(text)
         else:
-            shown = "" if name in ("image", "video", "mask", "keyframes", "expand") else f"={_short(item['input'])}"
+            shown = "" if name in ARRAYS else f"={_short(item['input'])}"
             clauses.append(f"{name}{shown}: {text}")
     return "; ".join(clauses)
 

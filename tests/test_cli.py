@@ -260,14 +260,14 @@ def test_damaged_model_is_one_line(tiny, folder, capsys, damage):
 
 
 def test_the_output_is_checked_before_the_model_is_loaded(folder, capsys, monkeypatch):
-    monkeypatch.setattr("pylumiere.cli._load", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("pylumiere.cli.generate._load", lambda *arguments: pytest.fail("the model was loaded"))
     assert main(["generate", "x", "-o", "none/clip.mp4"]) == 2
     assert main(["generate", "x", "--sheet", "none/sheet.png"]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
 def test_our_own_failure_is_no_users_mistake(tiny, folder, monkeypatch):
-    monkeypatch.setattr("pylumiere.cli._load", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("pylumiere.cli.generate._load", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(tiny)
     assert os.listdir(folder) == []
@@ -316,7 +316,7 @@ def test_interrupt_stops_within_a_step_and_leaves_nothing(tiny, folder, number, 
 def test_bars_show_both_stages_and_the_time_left(tiny, folder, monkeypatch):
     from types import SimpleNamespace
 
-    from pylumiere.cli import _Bars
+    from pylumiere.cli.console import Bars
 
     class Terminal:
         def __init__(self):
@@ -334,7 +334,7 @@ def test_bars_show_both_stages_and_the_time_left(tiny, folder, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "120")
-    with _Bars() as bars:
+    with Bars() as bars:
         for stage, left in (("base", 12.4), ("ssr", 3.0)):
             bars.callback(SimpleNamespace(stage=stage, step=2, steps=5, seconds_left=left))
     for text in ("base", "super-resolution", "2/5", "12 s left", "3 s left"):

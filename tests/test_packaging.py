@@ -163,6 +163,22 @@ def test_doctor_reports_json():
     assert callable(cli.main)
 
 
+def test_an_installation_has_all_modules_and_the_demo_but_no_helper_of_tests(tmp_path):
+    """What a wheel holds beside the C++ module, which takes a compiler."""
+    command = [sys.executable, "-P", "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    installed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    sources = {f"pylumiere/{name}": ROOT / name for name in MAPPED} | {"pylumiere": ROOT / "pylumiere"}
+    found = {f"{name}/{file.relative_to(folder)}" for name, folder in sources.items() for file in folder.rglob("*.py")}
+    assert {name for name in installed if name.endswith(".py")} == found
+    assert {name.split("/")[0] for name in installed} == {"pylumiere"}
+    assert not [name for name in installed if re.search(r"\b(support|testing|fuzzing|tests?|conftest)\b|test_", name)]
+    demo = ("MODEL_CARD.md", "config.json", "base.safetensors", "ssr.safetensors", "styles/ink.safetensors")
+    needed = [f"demo/{name}" for name in demo]
+    needed += ["kernels/spatial_conv.py", "kernels/csrc/denoise_step.cuh", "export/build.py", "serve/page/index.html"]
+    assert {f"pylumiere/{name}" for name in needed} <= installed
+
+
 def test_no_import_error_is_swallowed():
     """A missing part is said, not passed over."""
     for folder in ["pylumiere", *MAPPED]:

@@ -28,6 +28,7 @@ from pylumiere.backends.choice import (
 )
 from pylumiere.checkpoints.bundle import Artefact, Manifest, ShapeRange
 from pylumiere.checkpoints.skus import Sku, find_sku, has_bf16, match_device
+from pylumiere.config import DECODER, ModelConfig
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
 
 ORDER = ("tensorrt", "tensorrt_rtx", "triton", "onnxruntime", "torch")
@@ -151,7 +152,7 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
     precision = _LONG_NAMES.get(precision, precision)
     if precision not in ("auto", *PRECISIONS):
         raise UnsupportedDevice(f"precision {precision!r} is unknown; allowed: auto, {', '.join(PRECISIONS)}")
-    stages = ["base"] if manifest.config.ssr is None else ["base", "ssr"]
+    stages = list(manifest.config.networks)
     passed: dict[str, str] = {}
     for name in ORDER if backend == "auto" else (backend,):
         if name in machine.missing:
@@ -162,7 +163,7 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
             chosen = _best(manifest, machine, name, stages, precision, passed)
             if chosen is None:
                 continue
-        found = precision if not chosen else chosen["base"].precision
+        found = precision if not chosen else chosen[stages[0]].precision
         text = _text_artefact(manifest, machine, name)
         if text is not None:
             chosen["text"] = text
@@ -349,20 +350,12 @@ def _sizes(artefact: Artefact) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
-def operands_of(
-    artefact: Artefact,
-    sample: Tensor,
-    timesteps: Tensor,
-    text: Tensor | None,
-    text_mask: Tensor | None,
-    noise_level: Tensor | None,
-) -> dict[str, Tensor]:
-    """A network call's operands by name, contiguous and in the dtypes of the artefact's inputs.
+def operands_of(artefact: Artefact, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """A network call's operands by name, contiguous and in the dtypes of the artefact's inputs; None is none.
 
     Raises:
         BundleError: an input that the model does not give.
     """
-    given = {"sample": sample, "timesteps": timesteps, "text": text, "text_mask": text_mask, "noise_level": noise_level}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     if set(given) != {spec.name for spec in artefact.inputs}:
         names = ", ".join(spec.name for spec in artefact.inputs)
@@ -377,7 +370,75 @@ def rows_of(tensor: Tensor, piece: Piece) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
-def check_sizes(artefact: Artefact, shape: tuple[int, ...]) -> None:
-    """Raises InvalidRequest where a sample of this shape [B, T, H, W, C] does not fit an artefact."""
-    others = {name: (shape[0], *allowed.opt[1:]) for name, allowed in artefact.profiles[0].items()}
-    cut(artefact, {**others, "sample": shape})
+class ArtefactBackend:
+    """What backends share that run a bundle's artefacts: a call is cut into pieces that fit the artefact's profiles.
+
+    There are no styles: the weights are in the artefact.
+    """
+
+    takes_styles = False
+    device: torch.device
+
+    def __init__(self, config: ModelConfig):
+        self._networks = config.networks
+
+    def artefact(self, stage: str) -> Artefact:
+        """What runs a network."""
+        raise NotImplementedError
+
+    def run(self, stage: str, operands: dict[str, Tensor], shape: tuple[int, ...], piece: Piece,
+            num_threads: int | None) -> Tensor:  # fmt: skip
+        """The output of one piece, float32, of this shape."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        stage: str,
+        sample: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        num_threads: int | None = None,
+        style: None = None,
+    ) -> Tensor:
+        """One network call; see `TorchBackend.predict`.
+
+        Raises:
+            InvalidRequest: sizes that the artefact was not exported for.
+        """
+        operands = {"sample": sample, "timesteps": timesteps, "text": text, "text_mask": text_mask,
+                    "noise_level": noise_level}  # fmt: skip
+        shape = (*sample.shape[:-1], self._networks[stage].out_channels)
+        return self._call(stage, operands, shape, num_threads)
+
+    def decode(self, latents: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Pixels of latents; see `TorchBackend.decode`."""
+        network = self._networks[DECODER]
+        height, width = (side * network.scale for side in latents.shape[2:4])
+        shape = (*latents.shape[:2], height, width, network.out_channels)
+        return self._call(DECODER, {"latents": latents}, shape, num_threads)
+
+    def encode(self, frames: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Raises InvalidRequest: graphs are built of decoders alone."""
+        raise InvalidRequest(
+            "this backend has no encoder for pictures and clips, only the decoder; load the model with backend='torch'"
+        )
+
+    def check(self, stage: str, shape: tuple[int, ...]) -> None:
+        """Raises InvalidRequest where an input of this shape [B, T, H, W, C] does not fit the stage's artefact."""
+        artefact = self.artefact(stage)
+        others = {name: (shape[0], *allowed.opt[1:]) for name, allowed in artefact.profiles[0].items()}
+        cut(artefact, {**others, artefact.inputs[0].name: shape})
+
+    def _call(self, stage: str, given: Mapping[str, Tensor | None], shape: tuple[int, ...],
+              num_threads: int | None) -> Tensor:  # fmt: skip
+        artefact = self.artefact(stage)
+        operands = operands_of(artefact, given)
+        out = torch.empty(shape, device=self.device)
+        for piece in cut(artefact, {name: tensor.shape for name, tensor in operands.items()}):
+            rows = {name: rows_of(tensor, piece) for name, tensor in operands.items()}
+            result = self.run(stage, rows, (piece.padded, *shape[1:]), piece, num_threads)
+            out[piece.start : piece.stop] = result[: piece.stop - piece.start]
+        return out

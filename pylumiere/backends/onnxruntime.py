@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from pylumiere.backends.artefacts import DTYPES, check_sizes, cut, operands_of, rows_of
+from pylumiere.backends.artefacts import DTYPES, ArtefactBackend, cut
 from pylumiere.backends.choice import Choice
 from pylumiere.checkpoints.bundle import Artefact, Bundle
 from pylumiere.errors import BundleError
@@ -29,8 +29,8 @@ _GRAPH_TYPES = {"fp32": "tensor(float)", "int32": "tensor(int32)", "int64": "ten
 _NO_FILE = "no-external-data"
 
 
-class OnnxRuntimeBackend:
-    """Both networks of a bundle as ONNX graphs. Calls may come from any thread.
+class OnnxRuntimeBackend(ArtefactBackend):
+    """The networks of a bundle as ONNX graphs. Calls may come from any thread.
 
     Attributes:
         device, dtype: where and in what number format the networks compute. Samples and predictions are float32.
@@ -39,9 +39,9 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
-    takes_styles = False
 
     def __init__(self, bundle: Bundle, artefacts: dict[str, Artefact], choice: Choice):
+        super().__init__(bundle.config)
         self.device, self.dtype = choice.device, choice.dtype
         self.num_threads = torch.get_num_threads()
         self._graphs = {stage: Graph(bundle, a, choice.device) for stage, a in artefacts.items() if stage != "text"}
@@ -50,35 +50,11 @@ class OnnxRuntimeBackend:
             # An engine computes two rows side by side, each with half of the threads.
             graph.session(max(1, self.num_threads // 2) if self.device.type == "cpu" else 1)
 
-    def predict(
-        self,
-        stage: str,
-        sample: Tensor,
-        timesteps: Tensor,
-        text: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        noise_level: Tensor | None = None,
-        *,
-        num_threads: int | None = None,
-        style: None = None,
-    ) -> Tensor:
-        """One network call; see `TorchBackend.predict`. There are no styles: the weights are in the artefact.
+    def artefact(self, stage: str) -> Artefact:
+        return self._graphs[stage].artefact
 
-        Raises:
-            InvalidRequest: sizes that the graph was not exported for.
-        """
-        graph = self._graphs[stage]
-        operands = operands_of(graph.artefact, sample, timesteps, text, text_mask, noise_level)
-        out = torch.empty(*sample.shape[:-1], 3, device=self.device)
-        for piece in cut(graph.artefact, {name: tensor.shape for name, tensor in operands.items()}):
-            rows = {name: rows_of(tensor, piece) for name, tensor in operands.items()}
-            result = graph.run(rows, (piece.padded, *out.shape[1:]), num_threads or self.num_threads)
-            out[piece.start : piece.stop] = result[: piece.stop - piece.start]
-        return out
-
-    def check(self, stage: str, shape: tuple[int, ...]) -> None:
-        """Raises InvalidRequest where a sample of this shape does not fit the stage's graph."""
-        check_sizes(self._graphs[stage].artefact, shape)
+    def run(self, stage, operands, shape, piece, num_threads) -> Tensor:
+        return self._graphs[stage].run(operands, shape, num_threads or self.num_threads)
 
 
 class Graph:

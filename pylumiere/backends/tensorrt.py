@@ -20,17 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylumiere.backends.artefacts import (
-    DTYPES,
-    Machine,
-    Piece,
-    check_sizes,
-    cut,
-    operands_of,
-    refusal,
-    rows_of,
-    this_machine,
-)
+from pylumiere.backends.artefacts import DTYPES, ArtefactBackend, Machine, Piece, refusal, this_machine
 from pylumiere.backends.choice import Choice
 from pylumiere.checkpoints.bundle import Artefact, Bundle
 from pylumiere.errors import BundleError, UnsupportedDevice
@@ -38,8 +28,8 @@ from pylumiere.errors import BundleError, UnsupportedDevice
 _DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
 
 
-class TensorRTBackend:
-    """Both networks of a bundle as plans on one GPU. Calls may come from any thread; those of a stage wait for another.
+class TensorRTBackend(ArtefactBackend):
+    """The networks of a bundle as plans on one GPU. Calls may come from any thread; those of a stage wait for another.
 
     Args:
         library: the module, `tensorrt` or `tensorrt_rtx`; None imports the one that the choice names.
@@ -51,7 +41,6 @@ class TensorRTBackend:
     """
 
     num_threads = 1  # of the host; the GPU does the work
-    takes_styles = False
 
     def __init__(
         self,
@@ -62,6 +51,7 @@ class TensorRTBackend:
         library: Any = None,
         machine: Machine | None = None,
     ):
+        super().__init__(bundle.config)
         self.name, self.device, self.dtype = choice.backend, choice.device, choice.dtype
         plans = {stage: artefact for stage, artefact in artefacts.items() if stage != "text"}
         machine = this_machine(choice.device) if machine is None else machine
@@ -77,35 +67,11 @@ class TensorRTBackend:
         }
         self.weight_bytes = sum(bundle.manifest.files[artefact.files[0]].size for artefact in plans.values())
 
-    def predict(
-        self,
-        stage: str,
-        sample: Tensor,
-        timesteps: Tensor,
-        text: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        noise_level: Tensor | None = None,
-        *,
-        num_threads: int | None = None,
-        style: None = None,
-    ) -> Tensor:
-        """One network call; see `TorchBackend.predict`. There are no styles: the weights are in the artefact.
+    def artefact(self, stage: str) -> Artefact:
+        return self._plans[stage].artefact
 
-        Raises:
-            InvalidRequest: sizes that no profile of the plan takes.
-        """
-        plan = self._plans[stage]
-        operands = operands_of(plan.artefact, sample, timesteps, text, text_mask, noise_level)
-        out = torch.empty(*sample.shape[:-1], 3, device=self.device)
-        for piece in cut(plan.artefact, {name: tensor.shape for name, tensor in operands.items()}):
-            rows = {name: rows_of(tensor, piece) for name, tensor in operands.items()}
-            result = plan.run(rows, (piece.padded, *out.shape[1:]), piece)
-            out[piece.start : piece.stop] = result[: piece.stop - piece.start]
-        return out
-
-    def check(self, stage: str, shape: tuple[int, ...]) -> None:
-        """Raises InvalidRequest where a sample of this shape fits no profile of the stage's plan."""
-        check_sizes(self._plans[stage].artefact, shape)
+    def run(self, stage, operands, shape, piece, num_threads) -> Tensor:
+        return self._plans[stage].run(operands, shape, piece)
 
 
 class Plan:

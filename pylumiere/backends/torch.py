@@ -11,28 +11,28 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pylumiere.backends.choice import Choice
 from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.checkpoints.adapters import StyleChoice, fingerprint
-from pylumiere.checkpoints.native import Checkpoint, build_network
-from pylumiere.config import STUNetConfig
+from pylumiere.checkpoints.native import Checkpoint
+from pylumiere.config import DECODER
+from pylumiere.networks.families import AnyConfig, build_network
 from pylumiere.networks.ops import PlainOps
-from pylumiere.networks.stunet import STUNet
 
 STYLED_NETWORKS = 4  # kept; each holds the weights that its style changes
 
 
 class TorchBackend:
-    """Both networks of a checkpoint on one device. Immutable; calls may come from any thread.
+    """The networks of a checkpoint on one device. Immutable; calls may come from any thread.
 
     Attributes:
         device, dtype: where and in what number format the networks compute. Samples and predictions are float32.
         num_threads: of one call on the CPU.
-        weight_bytes: of both networks, as they are held.
+        weight_bytes: of all networks, as they are held.
         packed_bytes: of the copies in oneDNN's layout that the first calls make; CPU only.
-        fingerprint: of the base's weights; what a style was made for.
+        fingerprint: of the first stage's weights; what a style was made for.
     """
 
     name = "torch"
@@ -42,32 +42,34 @@ class TorchBackend:
     def __init__(self, checkpoint: Checkpoint, choice: Choice):
         self.device, self.dtype = choice.device, choice.dtype
         self.num_threads = torch.get_num_threads()
-        self._networks = {"base": self._prepare(checkpoint.config.base.network, checkpoint.base)}
-        if checkpoint.ssr is not None:
-            self._networks["ssr"] = self._prepare(checkpoint.config.ssr.network, checkpoint.ssr)
+        self._first = checkpoint.config.first.name
+        self._networks = {
+            name: self._prepare(config, checkpoint.weights[name]) for name, config in checkpoint.config.networks.items()
+        }
         tensors = [tensor for network in self._networks.values() for tensor in network.state_dict().values()]
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
         on_cpu = self.device.type == "cpu"
         self.packed_bytes = sum(tensor.nbytes for tensor in tensors if tensor.ndim > 1) if on_cpu else 0
-        self.fingerprint = fingerprint(checkpoint.base)
-        self._styled: OrderedDict[StyleChoice, STUNet] = OrderedDict()
+        self.fingerprint = fingerprint(checkpoint.weights[self._first])
+        self._styled: OrderedDict[StyleChoice, nn.Module] = OrderedDict()
         self._lock = threading.Lock()
 
     def _ops(self) -> PlainOps:
         return CpuOps() if self.device.type == "cpu" else PlainOps()
 
-    def _prepare(self, config: STUNetConfig, weights: Mapping[str, Tensor]) -> STUNet:
-        prepared = {name: channels_last(tensor.to(self.device, self.dtype)) for name, tensor in weights.items()}
+    def _prepare(self, config: AnyConfig, weights: Mapping[str, Tensor]) -> nn.Module:
+        dtype = torch.float32 if getattr(config, "force_upcast", False) else self.dtype
+        prepared = {name: channels_last(tensor.to(self.device, dtype)) for name, tensor in weights.items()}
         network = build_network(config, prepared)
         network.ops = self._ops()
         return network
 
-    def _styled_network(self, choice: StyleChoice) -> STUNet:
-        """The base network with a style's weights; it shares all weights that the style does not change."""
+    def _styled_network(self, choice: StyleChoice) -> nn.Module:
+        """The first network with a style's weights; it shares all weights that the style does not change."""
         with self._lock:
             network = self._styled.get(choice)
             if network is None:
-                plain = self._networks["base"]
+                plain = self._networks[self._first]
                 weights = plain.state_dict()
                 mixed = choice.style.weights(weights, choice.strength)
                 network = build_network(plain.config, weights | {n: channels_last(w) for n, w in mixed.items()})
@@ -94,22 +96,38 @@ class TorchBackend:
         """One network call.
 
         Args:
-            stage: "base" or "ssr".
+            stage: its name.
             sample: [B, T, H, W, in_channels] float32, on the device.
             timesteps: [B] float32; one per batch element.
             text, text_mask: [B, L, D] float32 and [B, L] bool, for a network with text.
             noise_level: [B] float32, for a network that takes one.
             num_threads: of this call on the CPU; the backend's own number if None.
-            style: weights of the base network to use instead of its own; made at the first call and kept.
+            style: weights of the first network to use instead of its own; made at the first call and kept.
 
         Returns:
-            [B, T, H, W, 3] float32, contiguous.
+            [B, T, H, W, out_channels] float32, contiguous.
         """
+        self._use_threads(num_threads)
+        network = self._networks[stage] if style is None else self._styled_network(style)
+        return network(sample, timesteps, text, text_mask, noise_level).contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Pixels of latents [B, T, h, w, C] float32, on the device: [B, T, H, W, 3] float32 in about -1..1."""
+        self._use_threads(num_threads)
+        return self._networks[DECODER](latents).contiguous()
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor, *, num_threads: int | None = None) -> Tensor:
+        """Latents of pixels [B, T, H, W, 3] float32 in -1..1, on the host: the means of what the encoder gives, as the
+        first stage holds them, [B, T, h, w, C] float32, on the host."""
+        self._use_threads(num_threads)
+        return self._networks[DECODER].encode(frames.to(self.device)).cpu().contiguous()
+
+    def _use_threads(self, num_threads: int | None) -> None:
         num_threads = num_threads or self.num_threads
         if self.device.type == "cpu" and torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)  # per thread of the caller
-        network = self._networks[stage] if style is None else self._styled_network(style)
-        return network(sample, timesteps, text, text_mask, noise_level).contiguous()
 
     def check(self, stage: str, shape: tuple[int, ...]) -> None:
         """Raises InvalidRequest where a sample of this shape cannot be computed; here every one can."""

@@ -16,6 +16,7 @@ from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_att
 from pylumiere.kernels.implicit_gemm import pack_weight
 from pylumiere.networks.ops import Norm, PlainOps, Shift
 from pylumiere.networks.stunet import STUNet
+from pylumiere.networks.stunet.presets import stage_preset
 
 
 class TritonOps(PlainOps):
@@ -171,6 +172,11 @@ def record_network(
         recording.name_tensors(values, "input")
         recording.mark_outputs(model(**values))
     return recording
+
+
+def record_preset(name: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> launching.Recording:
+    """`record_network` of a network that `stage_preset` knows by name, such as "stunet-l"."""
+    return record_network(stage_preset(name).network, arch, dtype)
 
 
 # ---- the switch ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ Source: Bar-Tal et al. 2024, "Lumiere", section 4 ("Stylized generation").
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -24,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pylumiere.checkpoints.native import expected_shapes
-from pylumiere.config import STUNetConfig
+from pylumiere.config import NetworkConfig
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.families import expected_shapes, family_of
 
 FOLDER = "styles"  # of a model folder
 _DTYPES = ("F32", "F16", "BF16")
@@ -75,9 +76,9 @@ class StyleChoice:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """What tells one base network from another of the same shape: a hash of its first and last weights."""
+    """What tells one network from another of the same shape: a hash of its first and last convolutions' weights."""
     digest = hashlib.sha256()
-    for name in ("conv_in.weight", "conv_out.weight"):
+    for name in ("conv_in.weight", "conv_out.weight"):  # every family has them
         digest.update(weights[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -105,7 +106,7 @@ def style_names(folder: Path | None) -> list[str]:
     return sorted(path.stem for path in (folder / FOLDER).glob("*.safetensors"))
 
 
-def read_style(path: str | os.PathLike, config: STUNetConfig, model: str | None = None) -> Style:
+def read_style(path: str | os.PathLike, config: NetworkConfig, model: str | None = None) -> Style:
     """Reads and checks a style for a base network.
 
     Args:
@@ -146,7 +147,7 @@ def read_style(path: str | os.PathLike, config: STUNetConfig, model: str | None 
     return Style(path.stem, digest, tensors)
 
 
-def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: STUNetConfig, model: str) -> None:
+def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: NetworkConfig, model: str) -> None:
     """Writes a style's file: whole weights by name, or their `.up` and `.down`; stored in the tensors' own dtype.
 
     Raises:
@@ -164,12 +165,8 @@ def save_style(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: S
     os.replace(temporary, path)
 
 
-def _network(config: STUNetConfig) -> tuple[dict[str, tuple[int, ...]], Callable[[str], bool]]:
-    from pylumiere.networks.stunet import STUNet  # here, because a bundle's engines run without it
-
-    with torch.device("meta"):
-        network = STUNet(config)
-    return expected_shapes(config), network.is_temporal
+def _network(config: NetworkConfig) -> tuple[dict[str, tuple[int, ...]], Callable[[str], bool]]:
+    return expected_shapes(config), functools.partial(family_of(config).is_temporal, config)
 
 
 def _is_factor(name: str) -> bool:

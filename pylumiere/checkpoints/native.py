@@ -1,4 +1,4 @@
-"""A model folder: `config.json`, `base.safetensors` and, where the model has one, `ssr.safetensors`.
+"""A model folder: `config.json` and a safetensors file for each of its networks, named as its stage.
 
 Everything is checked before it is used: file sizes before reading, names, shapes and dtypes from the header before the
 tensors, and the tensors for NaN and infinity. Each refusal is one line that names the file and the first few culprits.
@@ -13,18 +13,16 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
-from pylumiere.config import ModelConfig, STUNetConfig
+from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError
+from pylumiere.networks.families import AnyConfig, expected_shapes
 from pylumiere.networks.text import TextEncoder, load_text_encoder
-
-if TYPE_CHECKING:
-    from pylumiere.networks.stunet import STUNet
 
 MAX_CONFIG_BYTES = 2**20
 SHIPPED = ("demo",)
@@ -36,17 +34,20 @@ _HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape, offsets; ours take about 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder in memory: state dicts in the dtype of the files; `ssr` is None where the model has none."""
+    """A model folder in memory.
+
+    Attributes:
+        weights: state dicts by the name of their network (see `ModelConfig.networks`), in the dtype of the files.
+    """
 
     folder: Path
     config: ModelConfig
-    base: dict[str, torch.Tensor]
-    ssr: dict[str, torch.Tensor] | None
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
 
     @property
     def parameters(self) -> int:
         """Values in all networks."""
-        return sum(tensor.numel() for stage in (self.base, self.ssr or {}) for tensor in stage.values())
+        return sum(tensor.numel() for network in self.weights.values() for tensor in network.values())
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class Checkpoint:
     def text_encoder(self) -> TextEncoder:
         """The encoder that the config names."""
         return load_text_encoder(
-            self.config.text_encoder, max_length=self.config.text_tokens, width=self.config.base.network.text_dim
+            self.config.text_encoder, max_length=self.config.text_tokens, width=self.config.first.network.text_dim
         )
 
 
@@ -76,7 +77,7 @@ def find_model(source: str | os.PathLike) -> Path:
             f"model {str(source)!r} does not exist; give a folder, a bundle or one of: {', '.join(SHIPPED)}"
         )
     if not path.is_dir():
-        raise BundleError(f"model {str(source)!r} is not a folder; give one with config.json and base.safetensors")
+        raise BundleError(f"model {str(source)!r} is not a folder; give one with config.json and its weights")
     return path
 
 
@@ -87,12 +88,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         BundleError: anything missing, malformed, truncated, too large or unexpected.
     """
     config = read_config(folder)
-    base = read_weights(folder / "base.safetensors", config.base.network)
-    if config.ssr is None:
-        if (folder / "ssr.safetensors").exists():
-            raise BundleError(f"{folder / 'ssr.safetensors'} is there, but config.json has no ssr stage")
-        return Checkpoint(folder, config, base, None)
-    return Checkpoint(folder, config, base, read_weights(folder / "ssr.safetensors", config.ssr.network))
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.stem not in config.networks:
+            raise BundleError(f"{path} is there, but config.json has no {path.stem} stage")
+    weights = {
+        name: read_weights(folder / f"{name}.safetensors", network) for name, network in config.networks.items()
+    }
+    return Checkpoint(folder, config, weights)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -105,15 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise BundleError(f"{path}: {_first_line(error)}") from error
 
 
-def expected_shapes(config: STUNetConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a network, without allocating it."""
-    from pylumiere.networks.stunet import STUNet  # here, because a bundle's engines run without it
-
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in STUNet(config).state_dict().items()}
-
-
-def read_weights(path: Path, config: STUNetConfig, data: bytes | None = None) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, config: AnyConfig, data: bytes | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, which must be exactly those of the network.
 
     `data` is the file's content where a bundle has read it already; `path` then only names it.
@@ -153,21 +147,10 @@ def _read_file(path: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
         raise BundleError(f"{path} is truncated or no safetensors file: {_first_line(error)}") from error
 
 
-def build_network(config: STUNetConfig, weights: Mapping[str, torch.Tensor]) -> STUNet:
-    """A STUNet in eval mode that holds the given tensors themselves; nothing is initialised or copied."""
-    from pylumiere.networks.stunet import STUNet
-
-    with torch.device("meta"):
-        network = STUNet(config)
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
-
-
 def save_checkpoint(
     folder: str | os.PathLike,
     config: ModelConfig,
-    base: Mapping[str, torch.Tensor],
-    ssr: Mapping[str, torch.Tensor] | None = None,
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -175,22 +158,21 @@ def save_checkpoint(
 
     Args:
         folder: made if missing.
-        config: says which networks there are.
-        base, ssr: state dicts of the networks of `config`; ssr None where `config.ssr` is.
+        weights: state dicts of the networks of `config`, by their names.
         dtype: stored dtype (float32, bfloat16 or float16); None keeps the tensors' own.
 
     Raises:
         BundleError: state dicts that are not exactly the networks' tensors, or hold NaN or infinity.
     """
     folder = Path(folder)
-    if (ssr is None) != (config.ssr is None):
-        raise BundleError("ssr weights must be given exactly where the config has an ssr stage")
-    stages = [("base", config.base.network, base)]
-    if ssr is not None:
-        stages.append(("ssr", config.ssr.network, ssr))
+    if set(weights) != set(config.networks):
+        raise BundleError(
+            f"weights are given for {', '.join(sorted(weights)) or 'nothing'}; the model has "
+            f"{', '.join(config.networks)}"
+        )
     checked = {}
-    for stage, network, weights in stages:
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    for stage, network in config.networks.items():
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights[stage].items()}
         names = {value: name for name, value in _DTYPES.items()}
         found = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
         _check_tensors(Path(f"{stage} weights"), expected_shapes(network), found)

@@ -3,6 +3,7 @@
 Data alone: nothing here imports torch, and no other room of the package is needed.
 """
 
+from pylumiere.config.autoencoder import AutoencoderKLConfig, AutoencoderTinyConfig
 from pylumiere.config.model import (
     DECODER,
     MAX_STAGES,
@@ -16,6 +17,7 @@ from pylumiere.config.model import (
 from pylumiere.config.networks import COLOURS, DecodingConfig, NetworkConfig, register_config
 from pylumiere.config.sampling import PREDICTION_TYPES, SAMPLERS, SCHEDULES, SamplerConfig, ScheduleConfig
 from pylumiere.config.stunet import LevelConfig, STUNetConfig
+from pylumiere.config.unet2d import TemporalShiftConfig, UNet2DConfig
 
 __all__ = [
     "COLOURS",
@@ -26,6 +28,8 @@ __all__ = [
     "SCHEDULES",
     "SCHEMA_VERSION",
     "WINDOW_WEIGHTS",
+    "AutoencoderKLConfig",
+    "AutoencoderTinyConfig",
     "DecoderConfig",
     "DecodingConfig",
     "LevelConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "SamplerConfig",
     "ScheduleConfig",
     "StageConfig",
+    "TemporalShiftConfig",
+    "UNet2DConfig",
     "WindowConfig",
     "register_config",
 ]

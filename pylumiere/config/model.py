@@ -84,9 +84,17 @@ class StageConfig(Config):
 
 @dataclass(frozen=True)
 class DecoderConfig(Config):
-    """What turns the last stage's latents into pixels: a stage without steps."""
+    """What turns the last stage's latents into pixels: a stage without steps.
+
+    Attributes:
+        group_frames: frames of one call.
+    """
 
     network: DecodingConfig
+    group_frames: int = 2
+
+    def __post_init__(self):
+        check(1 <= self.group_frames <= 1024, f"decoder: group_frames={self.group_frames} is not in 1..1024")
 
     def to_dict(self) -> dict:
         return {"family": self.network.family, **super().to_dict()}

@@ -21,6 +21,8 @@ class NetworkConfig(Config):
         text_dim: width of the text embeddings; 0 for a network without text.
         noise_level: it takes a second, per-element noise level.
         temporal_factor, spatial_factor: frames, height and width must be multiples of these.
+        min_frames: of a call; one frame may be a network of its own.
+        masks_text: whether it is told which text tokens are real.
     """
 
     family: ClassVar[str]
@@ -33,6 +35,8 @@ class NetworkConfig(Config):
     noise_level: bool = False
     temporal_factor: int = 1
     spatial_factor: int = 1
+    min_frames: int = 1
+    masks_text: bool = True
 
     @property
     def given_channels(self) -> int:
@@ -53,12 +57,18 @@ class DecodingConfig(Config):
         latent_channels: of what it takes.
         out_channels: of what it gives.
         scale: height and width of a frame over those of its latent.
+        temporal_factor, spatial_factor, min_frames: as a NetworkConfig's, of latents.
+        force_upcast: to be computed in float32, whatever the precision of the other networks.
     """
 
     family: ClassVar[str]
     latent_channels: int
     out_channels: int = COLOURS
     scale: int = 1
+    temporal_factor: int = 1
+    spatial_factor: int = 1
+    min_frames: int = 1
+    force_upcast: bool = False
 
 
 _FAMILIES: dict[str, type[NetworkConfig] | type[DecodingConfig]] = {}

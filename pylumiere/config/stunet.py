@@ -115,6 +115,12 @@ class STUNetConfig(NetworkConfig):
         return math.prod(level.temporal_factor for level in self.levels)
 
     @property
+    def min_frames(self) -> int:
+        """One frame is a network of its own where frames are shifted or embedded, and is not counted."""
+        has_single = not self.frame_embedding and not any(level.shift for level in self.levels)
+        return self.temporal_factor if self.temporal_factor > 1 or has_single else 2
+
+    @property
     def spatial_factor(self) -> int:
         """Height and width must be multiples of this."""
         return self.patch_size * 2 ** (len(self.levels) - 1)

@@ -1,67 +1,111 @@
-"""Base, then super-resolution: the only place that knows all the parts.
-
-A request becomes a plan (`plan_request`: every value concrete, checked against the model), and a plan becomes frames:
+"""A request becomes a plan: every value concrete, checked against the model.
 
     prompts -> text embeddings, once
-    base:  the whole clip in one window, a longer one in overlapping windows; guidance batches [with the prompt, without
-           it]; J | C | M on 7 channels, C and M from the request's application (`tasks.py`)
-    SSR:   overlapping windows; each frame of the base's clip, noised and upscaled once, stands beside the noisy frame
+    first stage:   the whole clip in one window, a longer one in overlapping windows; guidance batches [with the prompt,
+                   without it]; beside the noisy channels, where the network takes them, what the request's application
+                   gives (`tasks.py`)
+    later stages:  overlapping windows; each frame of the stage before, noised and upscaled once, stands beside the
+                   noisy frame
+    decoder:       groups of final frames, without steps
 
-Frames inside are float32 in -1..1. A stage of a request is a `StageRun`: the engine's scheduler samples those of many
-requests together (`batching.py`, `scheduling.py`).
+Frames inside are float32, pixels in -1..1. What a stage's network calls need is in `stages.py`.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pylumiere.checkpoints.adapters import StyleChoice
-from pylumiere.config import ModelConfig, StageConfig, STUNetConfig
-from pylumiere.diffusion.samplers import SamplerTable, make_table
-from pylumiere.diffusion.schedules import make_schedule
+from pylumiere.config import DECODER, DecodingConfig, ModelConfig, NetworkConfig, StageConfig
+from pylumiere.diffusion.samplers import SamplerTable, table_for
 from pylumiere.diffusion.tasks import Task, make_task
-from pylumiere.diffusion.windows import FrameBuffer, WindowPlan, frame_noise
+from pylumiere.diffusion.windows import WindowPlan
 from pylumiere.errors import InvalidRequest
 from pylumiere.media.fitting import Frame, fit
-from pylumiere.networks.text import TextEncoder
 from pylumiere.request import GenerationRequest
 
-if TYPE_CHECKING:
-    from pylumiere.backends.torch import TorchBackend
-
-# Stage numbers in the key of the noise; 2 is the noise on the SSR's low-resolution input.
-BASE, SSR, AUGMENTATION = 0, 1, 2
 MAX_ENLARGEMENT = 4  # of a clip's sides over what the networks were made for
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One network's part of a request."""
+    """One network's part of a request.
 
-    name: str  # "base" or "ssr"
-    number: int  # in the noise's key
+    Attributes:
+        name: of the stage.
+        number: in the key of the noise; the noise put on the frames of the stage before has the next one.
+        height, width: of the stage's frames.
+        clip: bound of |x0| at every step; None: it has none.
+        threshold: quantile of the per-frame dynamic threshold; 0: x0 is clipped at `clip`.
+        style: other weights than the network's own.
+    """
+
+    name: str
+    number: int
+    network: NetworkConfig
     table: SamplerTable
     windows: WindowPlan
     height: int
     width: int
     guidance_scale: float
     guidance_rescale: float
-    threshold: float  # quantile of the per-frame dynamic threshold; 0 is a static clip to -1..1
-    style: StyleChoice | None = None  # other weights than the network's own
+    clip: float | None
+    threshold: float
+    augmentation: float = 0.0
+    style: StyleChoice | None = None
 
     @property
     def is_guided(self) -> bool:
         return self.guidance_scale != 1.0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.table)
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Of the frames that leave the stage."""
+        return self.height, self.width, self.network.out_channels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of a frame that the network is given."""
+        return self.height, self.width, self.network.in_channels
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """The decoder's part of a request: a stage without steps, which takes its frames in groups.
+
+    Attributes:
+        windows: the groups, without overlap.
+        height, width: of the frames that it makes.
+    """
+
+    network: DecodingConfig
+    windows: WindowPlan
+    height: int
+    width: int
+    name: ClassVar[str] = DECODER
+    num_steps: ClassVar[int] = 1  # each group is done once
+    is_guided: ClassVar[bool] = False
+    style: ClassVar[None] = None
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Of the frames that leave the stage."""
+        return self.height, self.width, self.network.out_channels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of a frame of latents."""
+        scale = self.network.scale
+        return self.height // scale, self.width // scale, self.network.latent_channels
 
 
 @dataclass(frozen=True)
@@ -69,8 +113,9 @@ class Plan:
     """A request with every value concrete.
 
     Attributes:
-        sampler, num_inference_steps, guidance_scale: of the base stage.
+        sampler, num_inference_steps, guidance_scale: of the first stage.
         height, width: of the result.
+        stages: in the order in which they run; a decoder is the last.
         task: what the user's pictures, clips and masks are to the networks.
     """
 
@@ -83,28 +128,26 @@ class Plan:
     sampler: str
     num_inference_steps: int
     guidance_scale: float
-    base: StagePlan
-    ssr: StagePlan | None
+    stages: tuple[StagePlan | DecoderPlan, ...]
     task: Task
 
+    @property
+    def first(self) -> StagePlan:
+        return self.stages[0]
+
     def styled(self, style: StyleChoice) -> Plan:
-        """The same plan with a style's weights in the base."""
-        return replace(self, base=replace(self.base, style=style))
+        """The same plan with a style's weights in the first stage."""
+        return replace(self, stages=(replace(self.first, style=style), *self.stages[1:]))
 
     def handed_on(self, low: np.ndarray) -> np.ndarray:
-        """The base's whole clip [T, h, w, 3] as the super-resolution gets it."""
+        """The first stage's whole clip [T, h, w, C] as the next one gets it."""
         return from_calmest(low) if self.request.loop and self.task.is_free else low
 
 
-def ssr_scale(config: ModelConfig) -> int:
-    """How much larger the result is than the base's clip; 1 for a model without SSR."""
-    return 1 if config.ssr is None else config.ssr.network.height // config.base.network.height
-
-
-def size_step(config: ModelConfig) -> int:
-    """Height and width of a result are multiples of this."""
-    step = config.base.network.spatial_factor * ssr_scale(config)
-    return step if config.ssr is None else math.lcm(step, config.ssr.network.spatial_factor)
+def size_step(config: ModelConfig, first: int = 0) -> int:
+    """Height and width of a result are multiples of this, where the stages from `first` on run."""
+    stages = zip(config.stages[first:], config.scales[first:], strict=True)
+    return math.lcm(*(stage.network.spatial_factor * scale for stage, scale in stages))
 
 
 def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
@@ -113,36 +156,40 @@ def plan_request(request: GenerationRequest, config: ModelConfig) -> Plan:
     Raises:
         InvalidRequest: a value that this model does not take; the value and what is allowed are named.
     """
-    network = config.base.network
-    num_frames = _num_frames(request, network.num_frames)
-    made_for = network if config.ssr is None else config.ssr.network
-    height = _side("height", request.height, made_for.height, size_step(config))
-    width = _side("width", request.width, made_for.width, size_step(config))
+    first, as_latents = config.first, request.output_type == "latent"
+    if as_latents and config.decoder is None:
+        raise InvalidRequest(f"output_type='latent': model {config.name!r} has no decoder, its stages make pixels")
+    num_frames = _num_frames(request, first.network.num_frames)
+    height = _side("height", request.height, config.size[0], size_step(config))
+    width = _side("width", request.width, config.size[1], size_step(config))
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    defaults = config.base.sampling
+    defaults = first.sampling
     sampler = request.sampler or defaults.sampler
     steps = request.num_inference_steps or defaults.num_inference_steps
-    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    scale = ssr_scale(config)
-    base_size = (height // scale, width // scale)
-    base = StagePlan(
-        "base", BASE, _table(config.base, sampler, steps, request.strength),
-        _base_windows(num_frames, network, request.loop), *base_size, float(guidance), defaults.guidance_rescale,
-        defaults.threshold_percentile,
+    guidance = float(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
+    scale = config.scales[0]
+    own = (request.window_frames, request.window_overlap) if len(config.stages) == 1 else (None, None)
+    task = make_task(request, fit(request, Frame(height, width, scale // config.decoder_scale, num_frames)))
+    _check_task(task, config)
+    windows = _windows(first, num_frames, request.loop, *own)
+    table = table_for(first.schedule, sampler, steps, strength=request.strength)
+    if request.latents is not None:
+        # The starting noise itself, and no other: it stands where a clip to start from would.
+        table = replace(table, init_alpha=table.init_sigma, init_sigma=0.0)
+    start = _stage(first, 0, height // scale, width // scale, windows, table, guidance)
+    _check_latents(request, start, num_frames)
+    later = plan_upscaling(
+        config, height, width, num_frames=num_frames, window=request.window_frames, overlap=request.window_overlap,
+        loop=request.loop,
     )  # fmt: skip
-    ssr = None
-    if config.ssr is not None:
-        ssr = plan_ssr(
-            config, height, width, num_frames=num_frames, window=request.window_frames,
-            overlap=request.window_overlap, loop=request.loop,
-        )  # fmt: skip
     return Plan(
-        request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, float(guidance),
-        base, ssr, make_task(request, fit(request, Frame(height, width, scale, num_frames))),
+        request, num_frames, float(request.fps or config.fps), height, width, seed, sampler, steps, guidance,
+        (start, *later, *(() if as_latents else _decoder(config, num_frames, height, width))),
+        task,
     )  # fmt: skip
 
 
-def plan_ssr(
+def plan_upscaling(
     config: ModelConfig,
     height: int,
     width: int,
@@ -152,27 +199,54 @@ def plan_ssr(
     overlap: int | None = None,
     loop: bool = False,
     num_inference_steps: int | None = None,
-) -> StagePlan:
-    """The SSR's part; `num_frames` None is an input of unknown length.
+) -> tuple[StagePlan, ...]:
+    """The stages after the first, for a result of this size; `num_frames` None is an input of unknown length.
 
     Raises:
         InvalidRequest: an overlap that is not smaller than the window.
     """
-    sampling = config.ssr.sampling
-    window = config.window_frames if window is None else window
-    if overlap is None:
-        overlap = min(config.window_overlap, window - 1)
-    if overlap >= window:
-        raise InvalidRequest(f"window_overlap={overlap} should be smaller than window_frames={window}")
-    steps = num_inference_steps or sampling.num_inference_steps
-    windows = WindowPlan(
-        num_frames, window, overlap, weights=config.window_weights, loop=loop, halo=config.halo_frames,
-        multiple=config.ssr.network.temporal_factor,
-    )  # fmt: skip
+    plans = []
+    for index, stage in enumerate(config.stages[1:], 1):
+        sampling, scale = stage.sampling, config.scales[index]
+        steps = num_inference_steps or sampling.num_inference_steps
+        windows = _windows(stage, num_frames, loop, window, overlap)
+        table = table_for(stage.schedule, sampling.sampler, steps)
+        guidance = sampling.guidance_scale
+        plans.append(_stage(stage, index, height // scale, width // scale, windows, table, guidance))
+    return tuple(plans)
+
+
+def _stage(stage: StageConfig, index: int, height: int, width: int, windows: WindowPlan, table: SamplerTable,
+           guidance: float) -> StagePlan:  # fmt: skip
+    sampling = stage.sampling
     return StagePlan(
-        "ssr", SSR, _table(config.ssr, sampling.sampler, steps), windows, height, width, sampling.guidance_scale,
-        sampling.guidance_rescale, sampling.threshold_percentile,
+        stage.name, max(0, 2 * index - 1), stage.network, table, windows, height, width, guidance,
+        sampling.guidance_rescale, stage.schedule.clip, sampling.threshold_percentile, stage.augmentation,
     )  # fmt: skip
+
+
+def _check_task(task: Task, config: ModelConfig) -> None:
+    """Whether the first network can be given what the application gives."""
+    if task.holds and not config.first.network.takes_given:
+        raise InvalidRequest(
+            f"{task.name}: the networks of model {config.name!r} take no pictures; it makes clips from a text, and "
+            "from a video with a strength below 1"
+        )
+
+
+def _check_latents(request: GenerationRequest, stage: StagePlan, num_frames: int) -> None:
+    expected = (num_frames, *stage.frame_shape)
+    if request.latents is not None and request.latents.shape != expected:
+        raise InvalidRequest(
+            f"latents have shape {list(request.latents.shape)}; stage {stage.name} of this model makes {list(expected)}"
+        )
+
+
+def _decoder(config: ModelConfig, num_frames: int, height: int, width: int) -> tuple[DecoderPlan, ...]:
+    if config.decoder is None:
+        return ()
+    group = min(num_frames, config.decoder.group_frames)
+    return (DecoderPlan(config.decoder.network, WindowPlan(num_frames, group, 0), height, width),)
 
 
 def from_calmest(frames: np.ndarray) -> np.ndarray:
@@ -184,18 +258,33 @@ def from_calmest(frames: np.ndarray) -> np.ndarray:
     return np.roll(frames, -int(steps.argmin()), 0)
 
 
-def _base_windows(num_frames: int, network: STUNetConfig, loop: bool) -> WindowPlan:
-    """One window where the clip fits into it. Else, and in a loop, windows that share half of their frames; towards its
-    ends a window counts less, so that the picture passes from one to the next without a step."""
-    window = min(num_frames, network.num_frames)
-    if num_frames == window and not loop:
-        return WindowPlan(num_frames, window, 0, multiple=network.temporal_factor)
-    return WindowPlan(num_frames, window, window // 2, weights="linear", loop=loop, multiple=network.temporal_factor)
+def _windows(
+    stage: StageConfig, num_frames: int | None, loop: bool, window: int | None = None, overlap: int | None = None
+) -> WindowPlan:
+    """How a clip is cut for a stage.
+
+    By default a clip that fits into the network is one window. Else, and in a loop, windows share half of their frames;
+    towards its ends a window counts less, so that the picture passes from one to the next without a step.
+    """
+    network, made = stage.network, stage.windows
+    if made is None and window is None and overlap is None:
+        window = network.num_frames if num_frames is None else min(num_frames, network.num_frames)
+        if num_frames == window and not loop:
+            return WindowPlan(num_frames, window, 0, multiple=network.temporal_factor)
+    window = window or (network.num_frames if made is None else made.frames)
+    if overlap is None:
+        overlap = window // 2 if made is None else min(made.overlap, window - 1)
+    if overlap >= window:
+        raise InvalidRequest(f"window_overlap={overlap} should be smaller than window_frames={window}")
+    weights, halo = ("linear", 0) if made is None else (made.weights, made.halo)
+    return WindowPlan(
+        num_frames, window, overlap, weights=weights, loop=loop, halo=halo, multiple=network.temporal_factor
+    )
 
 
 def _num_frames(request: GenerationRequest, most: int) -> int:
-    """The request's, or the clip's own, or the network's."""
-    default = most if request.video is None else len(request.video)
+    """The request's, or those of the clip or the latents, or the network's."""
+    default = next((len(given) for given in (request.video, request.latents) if given is not None), most)
     num_frames = default if request.num_frames is None else request.num_frames
     for name in ("video", "mask"):
         given = getattr(request, name)
@@ -210,149 +299,3 @@ def _side(name: str, value: int | None, made_for: int, step: int) -> int:
     if value % step or value > most:
         raise InvalidRequest(f"{name}={value}: this model makes multiples of {step} up to {most}")
     return value
-
-
-def _table(stage: StageConfig, sampler: str, steps: int, strength: float = 1.0) -> SamplerTable:
-    settings = stage.schedule
-    schedule = make_schedule(settings.name, settings.num_train_timesteps, settings.logsnr_shift)
-    return make_table(sampler, schedule, settings.prediction_type, steps, strength=strength)
-
-
-# ---- stages ---------------------------------------------------------------------------------------------------------
-
-
-class Feed:
-    """Frames that another thread brings: an iterator that must only be advanced where `has` said so."""
-
-    def __init__(self):
-        self._frames: deque[np.ndarray] = deque()
-        self._arrived = 0
-        self._ended = False
-
-    def put(self, frame: np.ndarray) -> None:
-        self._frames.append(frame)
-        self._arrived += 1
-
-    def end(self) -> None:
-        self._ended = True
-
-    def has(self, num_frames: int) -> bool:
-        """Whether that many frames have arrived in all, or no more will."""
-        return self._ended or self._arrived >= num_frames
-
-    @property
-    def backlog(self) -> int:
-        """Frames that nobody has taken yet."""
-        return len(self._frames)
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        if self._frames:
-            return self._frames.popleft()
-        if self._ended:
-            raise StopIteration
-        raise RuntimeError("a frame was asked for before it arrived")  # a fault of ours
-
-
-@dataclass
-class StageRun:
-    """One clip's way through one stage: what a network call needs of it beside the noisy frames.
-
-    Attributes:
-        stage, seed: as planned.
-        text: rows [G, L, D] and mask [G, L]; None for a network without text.
-        given: (window, frames [L]) -> [L, h, w, C], the channels that stand beside the noisy ones.
-        initial: the clip to start from, see `windows.sample_clip`.
-        noise_level: for a network that takes one.
-        holds: given pixels are held at every step, see `tasks.hold`.
-        source: conditioning frames that are made as they are needed; None where all are there.
-        feed: what `source` reads, where that arrives from outside.
-        length: frames of the clip; None while that is not known.
-    """
-
-    stage: StagePlan
-    seed: int
-    text: tuple[Tensor, Tensor] | None
-    given: Callable[[int, np.ndarray], Tensor]
-    initial: np.ndarray | None = None
-    noise_level: float = 0.0
-    holds: bool = False
-    source: FrameBuffer | None = None
-    feed: Feed | None = None
-    length: int | None = field(init=False)
-
-    def __post_init__(self):
-        self.length = self.stage.windows.num_frames
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """The parts of a loaded model, and what a stage needs of them. Immutable."""
-
-    config: ModelConfig
-    backend: TorchBackend
-    encoder: TextEncoder
-
-    def network(self, stage: str) -> STUNetConfig:
-        return (self.config.base if stage == "base" else self.config.ssr).network
-
-    def embed(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Text rows [G, L, D] and mask [G, L]: the prompt, and for guidance what to lead away from."""
-        prompts = [plan.request.prompt]
-        if plan.base.is_guided:
-            prompts.append(plan.request.negative_prompt)
-        return self.encoder.encode(prompts)
-
-    def base(self, plan: Plan, text: tuple[Tensor, Tensor]) -> StageRun:
-        """The base stage of a request."""
-        task = plan.task
-        return StageRun(
-            plan.base, plan.seed, text, lambda window, frames: task.given(frames), task.initial, holds=task.holds
-        )
-
-    def ssr(
-        self,
-        stage: StagePlan,
-        low: Iterable[np.ndarray],
-        seed: int,
-        text: tuple[Tensor, Tensor] | None = None,
-    ) -> StageRun:
-        """The super-resolution stage.
-
-        Args:
-            stage: from `plan_ssr`.
-            low: low-resolution frames [h, w, 3] float32, read as they are needed; h, w are the stage's over the scale.
-                A Feed says when they are there.
-            seed: of the clip.
-            text: for an SSR with text; see `embed`.
-
-        Raises:
-            InvalidRequest: guidance for a network without text.
-        """
-        network, level = self.config.ssr.network, self.config.augmentation
-        if not network.text_dim:
-            text = None
-        if stage.is_guided and text is None:
-            raise InvalidRequest(f"guidance_scale={stage.guidance_scale}: the ssr network takes no text; use 1")
-        source = FrameBuffer(_upscaled(low, stage.windows.num_frames, stage.height, stage.width, seed, level))
-        return StageRun(
-            stage, seed, text, lambda window, frames: torch.from_numpy(source.gather(frames)), noise_level=level,
-            source=source, feed=low if isinstance(low, Feed) else None,
-        )  # fmt: skip
-
-
-def _upscaled(
-    low: Iterable[np.ndarray], num_frames: int | None, height: int, width: int, seed: int, level: float
-) -> Iterator[np.ndarray]:
-    """Noise of a known level on each low-resolution frame, then bilinear upscaling: the SSR's conditioning."""
-    index = -1
-    for index, frame in enumerate(low):
-        if level > 0:
-            frame = frame + np.float32(level) * frame_noise(seed, AUGMENTATION, -1, [index], frame.shape)[0]
-        pixels = torch.from_numpy(np.ascontiguousarray(frame, np.float32)).permute(2, 0, 1)[None]
-        large = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
-        yield large[0].permute(1, 2, 0).contiguous().numpy()
-    if num_frames is not None and index + 1 < num_frames:
-        raise InvalidRequest(f"the input ended after {index + 1} of {num_frames} frames")

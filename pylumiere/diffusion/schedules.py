@@ -3,14 +3,18 @@
     x_t = alpha_t * x0 + sigma_t * noise,    t = 0 is the cleanest
 
     cosine: acp_t = prod (1 - beta), beta_t = min(1 - f(t + 1) / f(t), 0.999), f(t) = cos^2(pi/2 (t/N + 0.008) / 1.008)
-    linear: acp_t = prod (1 - beta), beta_t evenly spaced;  both: alpha = sqrt(acp), sigma = sqrt(1 - acp)
+    linear: acp_t = prod (1 - beta), beta_t evenly spaced;  scaled_linear: sqrt(beta_t) evenly spaced
+            these three: alpha = sqrt(acp), sigma = sqrt(1 - acp)
     flow:   s_t = (t + 1) / N, alpha = 1 - s, sigma = s
+
+With zero terminal SNR, alpha_t becomes (alpha_t - alpha_last) * alpha_0 / (alpha_0 - alpha_last), and sigma follows.
 
 All in float64. 1 - acp is summed from positive terms and never subtracted from 1, so that sigma and the log-SNR keep
 their digits at the clean end.
 
-Source: Nichol and Dhariwal 2021 (cosine), Ho et al. 2020 (linear), Lipman et al. 2022 and Esser et al. 2024 (flow and
-its shift), Hoogeboom et al. 2023 (log-SNR shift), Lin et al. 2023 (zero terminal SNR).
+Source: Nichol and Dhariwal 2021 (cosine), Ho et al. 2020 (linear), Rombach et al. 2022 (scaled linear), Lipman et al.
+2022 and Esser et al. 2024 (flow and its shift), Hoogeboom et al. 2023 (log-SNR shift), Lin et al. 2023 (zero terminal
+SNR).
 """
 
 from __future__ import annotations
@@ -20,12 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pylumiere.config import SCHEDULES
+from pylumiere.config.sampling import BETAS, SCHEDULES, ScheduleConfig
 from pylumiere.errors import InvalidRequest
 
 OPTIONS = {
     "cosine": {"max_beta": 0.999, "zero_terminal_snr": False},
-    "linear": {"beta_start": 1e-4, "beta_end": 0.02, "zero_terminal_snr": False},
+    **{name: {"beta_start": b[0], "beta_end": b[1], "zero_terminal_snr": False} for name, b in BETAS.items()},
     "flow": {"shift": 1.0},
 }
 MAX_LOGSNR_SHIFT = 30.0
@@ -36,7 +40,7 @@ class NoiseSchedule:
     """Signal and noise of every training timestep.
 
     Attributes:
-        name: "cosine", "linear" or "flow".
+        name: "cosine", "linear", "scaled_linear" or "flow".
         alphas, sigmas: float64 [num_train_timesteps].
         timesteps: float64 [num_train_timesteps], what the network is told: the index t, or sigma * N for flow.
         shift: of a flow schedule, s -> shift * s / (1 + (shift - 1) * s); 1 otherwise.
@@ -63,12 +67,12 @@ def make_schedule(
     """A noise schedule by name.
 
     Args:
-        name: "cosine" (diffusers' squaredcos_cap_v2), "linear" (diffusers' linear) or "flow".
+        name: "cosine" (diffusers' squaredcos_cap_v2), "linear", "scaled_linear" (both as in diffusers) or "flow".
         num_train_timesteps: N.
         logsnr_shift: added to log(alpha^2 / sigma^2) everywhere; negative is noisier. On a flow schedule it equals
             a shift of exp(-logsnr_shift / 2).
-        options: max_beta (cosine); beta_start, beta_end (linear); zero_terminal_snr (both): alpha is moved and scaled
-            so that the last timestep is pure noise; shift (flow).
+        options: max_beta (cosine); beta_start, beta_end (linear, scaled_linear); zero_terminal_snr (these three): alpha
+            is moved and scaled so that the last timestep is pure noise; shift (flow).
 
     Raises:
         InvalidRequest: an unknown name or option, or a value out of range.
@@ -86,7 +90,10 @@ def make_schedule(
     count = int(num_train_timesteps)
     if name == "flow":
         return _flow(count, logsnr_shift, options["shift"])
-    betas = _cosine_betas(count, options["max_beta"]) if name == "cosine" else _linear_betas(count, options)
+    if name == "cosine":
+        betas = _cosine_betas(count, options["max_beta"])
+    else:
+        betas = _linear_betas(count, options["beta_start"], options["beta_end"], of_roots=name == "scaled_linear")
     signal, noise = _powers(betas)
     gain = math.exp(logsnr_shift)
     total = signal * gain + noise
@@ -97,6 +104,16 @@ def make_schedule(
         alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
         sigmas = np.sqrt((1 - alphas) * (1 + alphas))
     return NoiseSchedule(name, alphas, sigmas, np.arange(count, dtype=np.float64))
+
+
+def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule that a network's config names."""
+    options = {}
+    if config.name in BETAS:
+        options["beta_start"], options["beta_end"] = config.betas
+    if config.zero_terminal_snr:
+        options["zero_terminal_snr"] = True
+    return make_schedule(config.name, config.num_train_timesteps, config.logsnr_shift, **options)
 
 
 def shift_flow(s: np.ndarray, shift: float) -> np.ndarray:
@@ -123,11 +140,10 @@ def _cosine_betas(count: int, max_beta: float) -> np.ndarray:
     return np.minimum(np.sin(high - low) * np.sin(high + low) / np.cos(low) ** 2, max_beta)
 
 
-def _linear_betas(count: int, options: dict) -> np.ndarray:
-    start, end = options["beta_start"], options["beta_end"]
+def _linear_betas(count: int, start: float, end: float, *, of_roots: bool) -> np.ndarray:
     if not 0 < start <= end < 1:
         raise InvalidRequest(f"beta_start={start}, beta_end={end}: allowed are 0 < beta_start <= beta_end < 1")
-    return np.linspace(start, end, count)
+    return np.linspace(math.sqrt(start), math.sqrt(end), count) ** 2 if of_roots else np.linspace(start, end, count)
 
 
 def _powers(betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,15 +18,16 @@ them on the device of the network.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pylumiere import _runtime
 from pylumiere._runtime import FrameQueue, WindowPlan
+from pylumiere.diffusion.noise import frame_noise
+from pylumiere.diffusion.sources import FrameBuffer, FrameSource, in_background
 
 __all__ = [
     "Batch", "BatchSampler", "ClipSampler", "FrameBuffer", "FrameQueue", "FrameSource", "NonFiniteOutput", "StepInfo",
@@ -62,16 +63,6 @@ class StepInfo:
     steps: int
     frames_final: int
     num_frames: int | None
-
-
-class FrameSource(Protocol):
-    """Frames that arrive while the clip is being sampled. Only their number matters to the sampler."""
-
-    def require(self, num_frames: int) -> tuple[int, bool]:
-        """Waits until `num_frames` have arrived or the input has ended; returns (frames arrived, has ended)."""
-
-    def release(self, first: int) -> None:
-        """Frames below `first` will not be asked for again."""
 
 
 def memory_bytes(
@@ -415,139 +406,3 @@ def _run(denoise, sampler: BatchSampler, handle: int, steps: int, source: FrameS
             yield final
         if sampler.is_finished(handle):
             return
-
-
-class FrameBuffer:
-    """Conditioning frames that arrive as a stream; keeps those that can still be asked for. A FrameSource.
-
-    Args:
-        frames: yields single frames [...] or chunks [n, ...]; told apart by `frame_ndim`. Never read ahead.
-        frame_ndim: dimensions of one frame.
-    """
-
-    def __init__(self, frames: Iterable[np.ndarray], frame_ndim: int = 3):
-        self._frames = iter(frames)
-        self._frame_ndim = frame_ndim
-        self._held: dict[int, np.ndarray] = {}
-        self._first = self._arrived = 0
-        self._ended = False
-        self._shape: tuple[int, ...] | None = None
-
-    def require(self, num_frames: int) -> tuple[int, bool]:
-        while self._arrived < num_frames and not self._ended:
-            try:
-                chunk = np.asarray(next(self._frames))
-            except StopIteration:
-                self._ended = True
-                break
-            for frame in [chunk] if chunk.ndim == self._frame_ndim else chunk:
-                if self._shape is None:
-                    self._shape = frame.shape
-                if frame.shape != self._shape:
-                    raise ValueError(
-                        f"frame {self._arrived} of the input has shape {frame.shape}, those before have {self._shape}"
-                    )
-                if self._arrived >= self._first:
-                    self._held[self._arrived] = frame
-                self._arrived += 1
-        return self._arrived, self._ended
-
-    def release(self, first: int) -> None:
-        for index in range(self._first, min(first, self._arrived)):
-            self._held.pop(index, None)
-        self._first = max(self._first, first)
-
-    def gather(self, frames: np.ndarray) -> np.ndarray:
-        """Frames at the indices `frames` [...], stacked: [..., *frame shape]."""
-        frames = np.asarray(frames)
-        stacked = np.stack([self._held[index] for index in frames.ravel().tolist()])
-        return stacked.reshape(*frames.shape, *stacked.shape[1:])
-
-    def __len__(self) -> int:
-        """Frames held."""
-        return len(self._held)
-
-
-def frame_noise(
-    seed: int, stage: int, step: int, frames: Iterable[int], frame_shape: tuple[int, ...], num_threads: int | None = 1
-) -> np.ndarray:
-    """Standard normals float32 [n, *frame_shape] of whole frames; see `pylumiere.kernels.denoise_step.frame_noise`.
-
-    Args:
-        seed: 0 to 2^64 - 1.
-        stage: 0 base, 1 SSR, 2 noise augmentation of the SSR's low-resolution input.
-        step: index of the sampler step; -1 for the initial noise.
-        frames: indices of the frames in the clip.
-    """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} is outside [0, 2^64)")
-    indices = np.asarray(frames, np.int64).ravel()
-    key = np.zeros((len(indices), 5), np.int64)
-    key[:, 0] = np.uint64(seed).astype(np.int64)
-    key[:, 1], key[:, 2], key[:, 3] = stage, step, indices
-    out = np.empty((len(indices), math.prod(frame_shape)), np.float32)
-    _runtime.frame_noise(key, out, _runtime.ThreadPool(num_threads or _runtime.default_num_threads()))
-    return out.reshape(len(indices), *frame_shape)
-
-
-# ---- a producer in its own thread ------------------------------------------------------------------------------------
-
-
-class in_background:
-    """Runs an iterator in a thread of its own, at most `capacity` items ahead of the consumer.
-
-    An exception of the iterator is raised at the consumer, after the items before it. `close` (also when the object is
-    dropped, or as a context manager) stops the thread at its next item, closes the iterator and waits for both.
-    """
-
-    def __init__(self, iterable: Iterable, capacity: int = 2):
-        self._queue = FrameQueue(capacity)
-        self._state: dict[str, BaseException] = {}
-        # The thread must not hold `self`: a dropped iterator has to be collected for its thread to stop.
-        self._thread = threading.Thread(
-            target=_produce, args=(iter(iterable), self._queue, self._state), name="pylumiere-producer", daemon=True
-        )
-        self._thread.start()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        item = self._queue.get()
-        if item:
-            return item[0]
-        self._thread.join()
-        error = self._state.pop("error", None)
-        if error is not None:
-            raise error
-        raise StopIteration
-
-    def close(self) -> None:
-        self._queue.cancel()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if hasattr(self, "_thread"):
-            self.close()
-
-
-def _produce(iterator: Iterator, queue: FrameQueue, state: dict[str, BaseException]) -> None:
-    try:
-        try:
-            for item in iterator:
-                if not queue.put(item):
-                    break
-        finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
-    except BaseException as error:
-        state["error"] = error
-    finally:
-        queue.finish()

@@ -19,26 +19,32 @@ class Video:
     """A clip in memory.
 
     Attributes:
-        frames: [T, H, W, 3], uint8 in 0..255 or float32 in 0..1.
+        frames: [T, H, W, 3], uint8 in 0..255 or float32 in 0..1; latents [T, h, w, C] float32.
         fps: frames a second.
         metadata: what made it (prompt, seed, ...); values that JSON takes. Not written into the file.
+        is_latent: frames are latents, which only a decoder turns into pictures.
     """
 
     frames: np.ndarray
     fps: float
     metadata: dict[str, Any] = field(default_factory=dict)
+    is_latent: bool = False
 
     def __post_init__(self):
-        checked_frames(self.frames[:1])
+        if not self.is_latent:
+            checked_frames(self.frames[:1])
         if not 0 < self.fps <= 1000:
             raise VideoError(f"fps={self.fps} is not in 0..1000")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes .mp4 (H.264), .webm (VP9), .gif, a folder of PNG (a path without an ending), or "-" (mp4 to stdout).
+        """Writes .mp4 (H.264), .webm (VP9), .gif, .png (of one frame), a folder of PNG (a path without an ending), or
+        "-" (mp4 to stdout).
 
         Raises:
-            VideoError: an unknown ending, or a path that cannot be written. Nothing is left behind.
+            VideoError: an unknown ending, a path that cannot be written, or latents. Nothing is left behind.
         """
+        if self.is_latent:
+            raise VideoError("latents are no pictures; ask for output_type='uint8' to save a clip")
         with VideoWriter(path, self.fps) as writer:
             writer.write(self.frames)
 

@@ -27,12 +27,13 @@ from pylumiere.errors import VideoError
 from pylumiere.media.ffmpeg import PIPE, as_video_error, import_av
 from pylumiere.media.pixels import checked_frames, to_yuv420p
 
-FORMATS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
+FORMATS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif", ".png": "picture"}
+_OTHERS = "a name in .mp4, .webm, .gif or a folder"
 _FRAME_NAME = re.compile(r"frame_\d{6}\.png")
 
 
 def output_format(path: str | os.PathLike) -> str:
-    """Which of mp4, webm, gif and png (a folder) a path asks for; checks that it can be written, before any work.
+    """Which of mp4, webm, gif, picture (one PNG) and png (a folder) a path asks for; checks that it can be written, before any work.
 
     Raises:
         VideoError: an unknown ending, a folder that does not exist or is not writable, a name that is taken by
@@ -51,7 +52,7 @@ def output_format(path: str | os.PathLike) -> str:
             raise VideoError(f"output {str(path)!r} is a folder")
         return FORMATS[suffix]
     if not path.name or path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise VideoError(f"output {str(path)!r} is no folder of frames; give a name in .mp4, .webm, .gif or a folder")
+        raise VideoError(f"output {str(path)!r} is no folder of frames; give {_OTHERS}")
     if path.is_dir() and (other := next((name for name in os.listdir(path) if not _FRAME_NAME.fullmatch(name)), None)):
         raise VideoError(f"output folder {str(path)!r} holds {other!r}; give an empty folder or a folder of frames")
     return "png"
@@ -92,8 +93,8 @@ class VideoWriter:
         self._format = output_format(path)
         self._size: tuple[int, int] | None = None
         self._rate = Fraction(fps).limit_denominator(1001)
-        encoders = {"png": _PngFolder, "gif": _Gif, "mp4": _Mp4, "webm": _Webm}
-        self._sink: _PngFolder | _Container | None = encoders[self._format](self.path, self._rate)
+        encoders = {"png": _PngFolder, "picture": _Png, "gif": _Gif, "mp4": _Mp4, "webm": _Webm}
+        self._sink: _PngFolder | _Png | _Container | None = encoders[self._format](self.path, self._rate)
 
     def write(self, frames: np.ndarray) -> None:
         """Appends [n, H, W, 3] or one frame [H, W, 3], uint8 or float in 0..1.
@@ -201,6 +202,28 @@ class BackgroundWriter:
             self.close()
         else:
             self.abort()
+
+
+class _Png:
+    """One picture, under a temporary name until it is whole."""
+
+    def __init__(self, path: str, rate: Fraction):
+        self._path = Path(path)
+        self._data: bytes | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        if self._data is not None:
+            raise VideoError(f"output {str(self._path)!r} holds one picture, and the clip has more; give {_OTHERS}")
+        self._data = encode_png(frame)
+
+    def finish(self) -> None:
+        with tempfile.NamedTemporaryFile(prefix=f".{self._path.name}.", dir=self._path.parent, delete=False) as file:
+            file.write(self._data)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self._path)
+
+    def drop(self) -> None:
+        self._data = None
 
 
 class _PngFolder:

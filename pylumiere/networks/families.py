@@ -25,7 +25,7 @@ class Port:
 
     Attributes:
         dtype: "fp32" or "bool".
-        axes: names of dynamic axes (B batch, T frames, H, W), or fixed sizes.
+        axes: names of dynamic axes (B batch, T frames, H, W), multiples of them ("8*H"), or fixed sizes.
     """
 
     name: str
@@ -33,7 +33,12 @@ class Port:
     axes: tuple[str | int, ...]
 
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+        return tuple(axis if isinstance(axis, int) else _length(axis, sizes) for axis in self.axes)
+
+
+def _length(axis: str, sizes: dict[str, int]) -> int:
+    factor, _, name = axis.rpartition("*")
+    return int(factor or 1) * sizes[name]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,12 @@ class Family(Protocol):
         ...
 
 
-_HOMES = {"stunet": "pylumiere.networks.stunet.family:STUNetFamily"}
+_HOMES = {
+    "autoencoder_kl": "pylumiere.networks.autoencoders.family:AutoencoderKLFamily",
+    "autoencoder_tiny": "pylumiere.networks.autoencoders.family:AutoencoderTinyFamily",
+    "stunet": "pylumiere.networks.stunet.family:STUNetFamily",
+    "unet2d": "pylumiere.networks.unet.family:UNet2DFamily",
+}
 _families: dict[str, Family] = {}
 
 
@@ -109,13 +119,20 @@ def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in build_network(config).state_dict().items()}
 
 
-def denoiser_ports(config: NetworkConfig, text_tokens: int, *, masks_text: bool = True) -> Ports:
+def denoiser_ports(config: NetworkConfig, text_tokens: int) -> Ports:
     """What every denoising network takes, as far as its configuration asks for it."""
     inputs = [Port("sample", "fp32", ("B", "T", "H", "W", config.in_channels)), Port("timesteps", "fp32", ("B",))]
     if config.text_dim:
         inputs.append(Port("text", "fp32", ("B", text_tokens, config.text_dim)))
-        if masks_text:
+        if config.masks_text:
             inputs.append(Port("text_mask", "bool", ("B", text_tokens)))
     if config.noise_level:
         inputs.append(Port("noise_level", "fp32", ("B",)))
     return Ports(tuple(inputs), Port("prediction", "fp32", ("B", "T", "H", "W", config.out_channels)))
+
+
+def decoder_ports(config: DecodingConfig) -> Ports:
+    """What every decoder takes and gives."""
+    height, width = (axis if config.scale == 1 else f"{config.scale}*{axis}" for axis in "HW")
+    latents = Port("latents", "fp32", ("B", "T", "H", "W", config.latent_channels))
+    return Ports((latents,), Port("frames", "fp32", ("B", "T", height, width, config.out_channels)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 import time
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from pylumiere.checkpoints.adapters import StyleChoice
-from pylumiere.config import STUNetConfig
-from pylumiere.diffusion.plan import StageRun
+from pylumiere.config import NetworkConfig
+from pylumiere.diffusion.plan import DecoderPlan, StagePlan
+from pylumiere.diffusion.stages import StageRun
 from pylumiere.diffusion.tasks import hold
 from pylumiere.diffusion.windows import Batch, BatchSampler, NonFiniteOutput
 from pylumiere.errors import InvalidRequest
@@ -51,6 +53,12 @@ class CallShape:
     style: StyleChoice | None = None  # weights
 
 
+def call_shape(stage: StagePlan | DecoderPlan, owner: int = 0) -> CallShape:
+    """The shape of a stage's calls."""
+    frames = stage.windows.call_frames
+    return CallShape(stage.name, frames, stage.height, stage.width, stage.is_guided, owner, stage.style)
+
+
 class Bucket:
     """The clips of one call shape, their buffers and the call that is being computed. For one thread.
 
@@ -61,11 +69,12 @@ class Bucket:
         device_calls: streams and graphs of a GPU.
     """
 
-    def __init__(self, backend: TorchBackend, network: STUNetConfig, text_tokens: int, shape: CallShape, *,
+    def __init__(self, backend: TorchBackend, network: NetworkConfig, text_tokens: int, shape: CallShape, *,
                  capacity: int, fixed_batch: bool, device_calls: DeviceCalls | None = None):  # fmt: skip
         self.shape, self.backend = shape, backend
         self.groups = 2 if shape.guided else 1
-        frame = (shape.height, shape.width, 3)
+        frame = (shape.height, shape.width, network.out_channels)
+        self._noisy = network.out_channels  # channels; the others stand beside them
         rows, device = self.groups * capacity, backend.device
         self._device_calls = device_calls
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
@@ -75,13 +84,13 @@ class Bucket:
         # and for the channels beside the noisy ones a buffer of their own.
         self._operands: dict[str, tuple[Tensor, Tensor]] = {}
         if device_calls is None:
-            values = shape.frames * shape.height * shape.width * 3
+            values = shape.frames * math.prod(frame)
             self.sampler = BatchSampler(**options, num_threads=backend.num_threads if values > 2**21 else 1)
         else:
             from pylumiere.diffusion.device_sampler import DeviceSampler  # here, because a CPU may have no Triton
 
             self.sampler = DeviceSampler(**options, device=device, calls=device_calls)
-            self._given = self._operand("given", (capacity, shape.frames, *frame[:2], network.in_channels - 3))
+            self._given = self._operand("given", (capacity, shape.frames, *frame[:2], network.given_channels))
         with contextlib.nullcontext() if device_calls is None else device_calls.computing():
             self._sample = torch.zeros(rows, shape.frames, *frame[:2], network.in_channels, device=device)
             self._out = torch.zeros(rows, shape.frames, *frame, device=device)
@@ -89,7 +98,8 @@ class Bucket:
         self._text = self._mask = self._level = None
         if network.text_dim:
             self._text = self._operand("text", (rows, text_tokens, network.text_dim))
-            self._mask = self._operand("mask", (rows, text_tokens), torch.bool)
+            if network.masks_text:
+                self._mask = self._operand("mask", (rows, text_tokens), torch.bool)
         if network.noise_level:
             self._level = self._operand("level", (rows,))
         self.runs: dict[int, StageRun] = {}
@@ -109,7 +119,8 @@ class Bucket:
         stage = run.stage
         handle = self.sampler.add_clip(
             stage.windows, stage.table, seed=run.seed, stage=stage.number, guidance_scale=stage.guidance_scale,
-            clip=1.0, threshold=stage.threshold or None, guidance_rescale=stage.guidance_rescale, initial=run.initial,
+            clip=stage.clip, threshold=stage.threshold or None, guidance_rescale=stage.guidance_rescale,
+            initial=run.initial,
         )  # fmt: skip
         self.runs[handle] = run
         return handle
@@ -167,8 +178,8 @@ class Bucket:
         to = {name: self._rows(source, rows) for name, (_, source) in self._operands.items() if name != "given"}
         if self._device_calls is None:
             sample = self._rows(self._sample, rows)
-            sample[..., :3] = torch.from_numpy(batch.x)
-            given = sample[..., 3:]
+            sample[..., : self._noisy] = torch.from_numpy(batch.x)
+            given = sample[..., self._noisy :]
         else:
             given = self._operands["given"][1][None]  # both groups have the same
         to["times"][:] = torch.from_numpy(batch.timesteps)
@@ -182,12 +193,15 @@ class Bucket:
                 available, _ = run.source.require(int(frames.max()) + 1)
                 if available <= int(frames.max()):
                     raise InvalidRequest(f"the input ended after {available} of {run.length} frames")
-            given[:, row] = run.given(int(batch.windows[source]), frames)
+            if run.given is not None:
+                given[:, row] = run.given(frames)
             if "text" in to:
                 text, mask = run.text
-                to["text"][:, row], to["mask"][:, row] = text[: self.groups], mask[: self.groups]
+                to["text"][:, row] = text[: self.groups]
+                if "mask" in to:
+                    to["mask"][:, row] = mask[: self.groups]
             if "level" in to:
-                to["level"][:, row] = run.noise_level
+                to["level"][:, row] = run.stage.augmentation
         self.call.held = self._held()
         if self._device_calls is not None:
             self._device_calls.copy_in(
@@ -218,8 +232,8 @@ class Bucket:
         """The call on the device, from states that the sampler has gathered and operands that were copied in."""
         windows = rows // self.groups
         sample = self._rows(self._sample, windows)
-        sample[..., :3] = self.sampler.x[:windows]
-        sample[..., 3:] = self._given[:windows]
+        sample[..., : self._noisy] = self.sampler.x[:windows]
+        sample[..., self._noisy :] = self._given[:windows]
         self._out[:rows].copy_(self._predict(slice(0, rows)))
 
     def warm_up(self, num_threads: int | None, part_rows: int | None) -> None:
@@ -259,7 +273,7 @@ class Bucket:
         for row in range(rows.start, rows.stop):
             coefficients = self.call.held.get(row % len(self.call.batch.x))
             if coefficients is not None:
-                noisy, given = self._sample[row].split([3, 4], -1)
+                noisy, given = self._sample[row].tensor_split([self._noisy], -1)
                 self._out[row] = hold(self._out[row], noisy, given, *coefficients)
 
     def _held(self) -> dict[int, tuple[float, float]]:

@@ -1,7 +1,7 @@
 """A request on its way: progress, frames as they become final, cancelling, the result.
 
-A job belongs to a scheduler, whose lock guards everything here. The scheduler's thread fills it; any number of threads
-and asyncio tasks follow it.
+Whoever works on a job watches it (`Watcher`) and lends it the lock that guards everything here. One thread fills it;
+any number of threads and asyncio tasks follow it.
 
 A `callback_on_step_end` and an input that is read as it is needed run in the thread that follows the job, never in the
 scheduler's: a slow one, and a slow reader, slow only their own request.
@@ -16,25 +16,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pylumiere.diffusion.plan import Feed, Plan, StagePlan
+from pylumiere.diffusion.plan import DecoderPlan, Plan, StagePlan
+from pylumiere.diffusion.stages import Feed
 from pylumiere.errors import Cancelled, DeadlineExceeded
 from pylumiere.media.pixels import to_uint8
 from pylumiere.media.video import Video
 from pylumiere.request import GenerationRequest, Progress
-
-if TYPE_CHECKING:
-    from pylumiere.scheduling.scheduler import Scheduler
 
 Status = Literal["queued", "running", "completed", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive final frames: uint8 (or float32 in 0..1) [n, H, W, 3]; the first is frame `start` of the clip."""
+    """Consecutive final frames: uint8 (or float32 in 0..1, or latents) [n, H, W, C]; the first is frame `start` of the
+    clip."""
 
     start: int
     frames: np.ndarray
@@ -46,25 +45,59 @@ class Order:
 
     Attributes:
         plan: of a generated clip; None for a video that is only upscaled.
-        last: the stage whose frames are delivered.
+        stages: in the order in which they run.
         seed: of the clip.
         crop: height and width of the delivered frames.
         feed: frames of a video that is upscaled.
     """
 
     plan: Plan | None
-    last: StagePlan
+    stages: tuple[StagePlan | DecoderPlan, ...]
     seed: int
     crop: tuple[int, int]
     feed: Feed | None = None
 
     @property
-    def is_chained(self) -> bool:
-        """Whether the last stage begins before the base has ended. A loop's base has no final frame before its end."""
-        if self.plan is None or self.plan.ssr is None:
-            return False
-        windows = self.plan.base.windows
-        return windows.num_windows > 1 and not windows.loop
+    def last(self) -> StagePlan | DecoderPlan:
+        """The stage whose frames are delivered."""
+        return self.stages[-1]
+
+    def after(self, stage: StagePlan | DecoderPlan) -> StagePlan | DecoderPlan:
+        """The stage that follows."""
+        return self.stages[self.stages.index(stage) + 1]
+
+    def is_streamed(self, stage: StagePlan | DecoderPlan) -> bool:
+        """Whether a stage's frames go to the next one before it has ended. Those of a single window, and of a loop, are
+        final together."""
+        return stage is not self.last and stage.windows.num_windows != 1 and not stage.windows.loop
+
+    def together(self) -> Iterator[list[StagePlan | DecoderPlan]]:
+        """The stages that run at the same time."""
+        group = []
+        for stage in self.stages:
+            group.append(stage)
+            if not self.is_streamed(stage):
+                yield group
+                group = []
+
+    def is_fed(self, stage: StagePlan | DecoderPlan) -> bool:
+        """Whether a stage begins before all of its input is there."""
+        index = self.stages.index(stage)
+        return self.feed is not None if index == 0 else self.is_streamed(self.stages[index - 1])
+
+
+class Watcher(Protocol):
+    """What a job tells of itself, with `lock` held."""
+
+    lock: threading.RLock
+
+    def notify(self) -> None:
+        """Something changed: there is room again, a callback has returned, input has arrived."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """It has a result or an error."""
+        ...
 
 
 class Job:
@@ -76,13 +109,13 @@ class Job:
         metadata: JSON values about the clip; `seconds` and `first_frame_seconds` fill up as it runs.
     """
 
-    def __init__(self, scheduler: Scheduler, request: GenerationRequest, order: Order, metadata: dict[str, Any],
+    def __init__(self, watcher: Watcher, request: GenerationRequest, order: Order, metadata: dict[str, Any],
                  *, buffer_frames: int | None, timeout: float | None, keep_alive: Any = None):  # fmt: skip
         self.request, self.metadata = request, metadata
         self.progress: Progress | None = None
-        self._scheduler, self._order = scheduler, order
+        self._watcher, self._order = watcher, order
         self._keep_alive = keep_alive  # the engine; let go of at the end
-        self._changed = threading.Condition(scheduler.lock)
+        self._changed = threading.Condition(watcher.lock)
         self._future: concurrent.futures.Future[Video] = concurrent.futures.Future()
         self._status: Status = "queued"
         self._error: BaseException | None = None
@@ -134,7 +167,7 @@ class Job:
             chunks = [chunk.frames for chunk in self._follow(timeout)]
             if not chunks:
                 raise RuntimeError("the frames of this job have already been taken; submit it without buffer_frames")
-            return Video(np.concatenate(chunks), self.metadata["fps"], self.metadata)
+            return self._video(np.concatenate(chunks))
         try:
             return self._future.result(timeout)
         except concurrent.futures.TimeoutError:
@@ -197,7 +230,7 @@ class Job:
     def _next_chunk(self, until: float | None, timeout: float | None, read) -> Chunk | None:
         while True:
             with self._changed:
-                self._scheduler.notify()  # there is room again
+                self._watcher.notify()  # there is room again
                 while not (self._chunks or self._steps_ended or self._is_done or (read and self._frames_wanted)):
                     left = None if until is None else until - time.monotonic()
                     if left is not None and left <= 0:
@@ -237,7 +270,7 @@ class Job:
             with self._changed:
                 if self._steps_ended:  # an end of the job has cleared it
                     self._steps_ended.popleft()
-                self._scheduler.notify()
+                self._watcher.notify()
 
     def _feed(self, read: Callable[[], np.ndarray | None]) -> None:
         """One more frame of the input, outside the lock: it may take its time."""
@@ -254,7 +287,7 @@ class Job:
                 feed.put(frame)
             if feed.has(self._frames_wanted):
                 self._frames_wanted = 0
-                self._scheduler.notify()
+                self._watcher.notify()
 
     # ---- for the scheduler; with its lock held -----------------------------------------------------------------------
 
@@ -262,11 +295,13 @@ class Job:
         return self._limit is None or self._num_waiting < self._limit
 
     def _deliver(self, frames: np.ndarray) -> None:
-        """Final frames, float32 in -1..1."""
+        """Final frames: pixels, float32 in -1..1, or latents."""
         height, width = self._order.crop
         frames = frames[:, :height, :width]
         if self.request.output_type == "uint8":
             pixels = to_uint8(frames)
+        elif self.request.output_type == "latent":
+            pixels = frames
         else:
             pixels = ((frames + np.float32(1)) * np.float32(0.5)).clip(0, 1)
         with self._changed:
@@ -283,6 +318,10 @@ class Job:
                 self._num_waiting += len(pixels)
             self._num_final += len(pixels)
             self._changed.notify_all()
+
+    def _video(self, frames: np.ndarray) -> Video:
+        is_latent = self.request.output_type == "latent"
+        return Video(frames, self.metadata["fps"], self.metadata, is_latent)
 
     def _lap(self, name: str) -> None:
         now = time.monotonic()
@@ -308,9 +347,9 @@ class Job:
             if error is not None:
                 self._future.set_exception(error)
             elif self._limit is None:
-                self._future.set_result(Video(self._pixels, self.metadata["fps"], self.metadata))
+                self._future.set_result(self._video(self._pixels))
             self._changed.notify_all()
-            self._scheduler.ended(self)
+            self._watcher.ended(self)
             return True
 
 
@@ -353,4 +392,4 @@ class Stream:
     def collect(self) -> Video:
         """The rest of the clip, which is all of it if nothing was taken before."""
         frames = np.concatenate([chunk.frames for chunk in self])
-        return Video(frames, self.fps, self.metadata)
+        return Video(frames, self.fps, self.metadata, self.metadata.get("output_type") == "latent")

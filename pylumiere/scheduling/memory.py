@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pylumiere.config import STUNetConfig
 from pylumiere.errors import BudgetExceeded, InvalidRequest
+from pylumiere.networks.families import AnyConfig, build_network, family_of
 
 MARGIN_FACTOR, MARGIN_BYTES = 1.5, 32 * 2**20
 # Measured with the demo in bf16 on a CPU with two lanes (`memory` rows of benchmarks/results/engine.jsonl): one clip of
@@ -32,19 +32,15 @@ OWN_FACTOR = 1.3
 
 
 @functools.lru_cache(maxsize=64)
-def activation_bytes(config: STUNetConfig, batch: int, frames: int, height: int, width: int, dtype: torch.dtype,
+def activation_bytes(config: AnyConfig, batch: int, frames: int, height: int, width: int, dtype: torch.dtype,
                      text_tokens: int = 1) -> int:  # fmt: skip
-    """Peak bytes of one call on a float32 sample [batch, frames, height, width, in_channels], margin included."""
-    from pylumiere.networks.stunet import STUNet  # here, because a bundle's engines run without it
-
-    with torch.device("meta"), torch.inference_mode():
-        network = STUNet(config).to(dtype).eval()
-        sample = torch.empty(batch, frames, height, width, config.in_channels)
-        text = torch.empty(batch, text_tokens, config.text_dim) if config.text_dim else None
-        mask = torch.empty(batch, text_tokens, dtype=torch.bool) if config.text_dim else None
-        level = torch.empty(batch) if config.noise_level else None
-        with _LiveBytes() as live:
-            network(sample, torch.empty(batch), text, mask, level)
+    """Peak bytes of one call on a float32 input [batch, frames, height, width, channels], margin included."""
+    sizes = {"B": batch, "T": frames, "H": height, "W": width}
+    with torch.inference_mode():
+        network = build_network(config).to(dtype)
+        operands = family_of(config).ports(config, text_tokens).operands(sizes)
+        with _LiveBytes() as live, torch.device("meta"):
+            network(**operands)
     return int(live.peak * MARGIN_FACTOR) + MARGIN_BYTES
 
 

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pylumiere.diffusion.plan import Feed, Pipeline, StagePlan, StageRun
+from pylumiere.config import DecodingConfig
+from pylumiere.diffusion.stages import Feed, Pipeline, StageRun
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.request import Progress
-from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes
+from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes, call_shape
+from pylumiere.scheduling.decoding import DecodeBucket
 from pylumiere.scheduling.jobs import Job
 from pylumiere.scheduling.memory import Budget, CallBytes, Need, resident_bytes
 from pylumiere.scheduling.tracing import Tracer
@@ -37,19 +39,20 @@ SPARE = -1  # owner of a warm bucket that is lent to one clip after the other, o
 
 @dataclass(eq=False)
 class _Work:
-    """A job's stage that runs: where it is, and the base's frames for the stage that follows.
+    """A job's stage that runs: where it is, and its frames for the stage that follows.
 
-    A clip whose base has several windows is in both stages at once: `follower` is its super-resolution, and the base's
-    frames go there through `feed` as they become final.
+    A clip is in two stages at once where the frames of the first go to the second as they become final: `follower` is
+    the second, and `feed` the way there.
     """
 
     job: Job
     need: Need
-    owner: int  # of a bucket of its own; 0: buckets are shared
+    owner: int = 0  # of a bucket of its own; 0: buckets are shared
     run: StageRun | None = None
     bucket: Bucket | None = None
     handle: int = -1
     text: Any = None
+    initial: np.ndarray | None = None
     low: list[np.ndarray] = field(default_factory=list)
     feed: Feed | None = None
     follower: _Work | None = None
@@ -147,7 +150,7 @@ class Scheduler:
         self._warm: set[CallShape] = set()
         self._in_flight = 0  # parts
         self._served = 0.0
-        self._next_owner = 1
+        self._next_owner = 0
 
     # ---- for other threads -------------------------------------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class Scheduler:
                 if job.done:
                     continue
                 job._status, job._stage_begun = "running", time.monotonic()
-                work = _Work(job, need, 0)
+                work = _Work(job, need)
                 self._running.append(work)
             try:
                 self._start(work)
@@ -363,50 +366,58 @@ class Scheduler:
 
     def _start(self, work: _Work) -> None:
         order = work.job._order
-        if order.feed is not None:
-            work.owner, self._next_owner = self._next_owner, self._next_owner + 1
         if order.plan is None:
-            self._enter(work, self.pipeline.ssr(order.last, order.feed, order.seed))
+            self._enter_stage(work, self.pipeline.follow(order.stages[0], order.feed, order.seed))
             return
         with self.lock:
             self._in_flight += 1
         self._lanes.run(functools.partial(self._embed, work))
 
     def _embed(self, work: _Work) -> None:
-        """Embeds a request's prompts, in a lane: it takes as long as a network call, and this thread has others to
-        serve."""
+        """Embeds a request's prompts and encodes its clip, in a lane: that takes as long as network calls, and this
+        thread has others to serve."""
         error = None
         try:
             if not work.job.done:
                 work.text = self.pipeline.embed(work.job._order.plan)
+                work.initial = self.pipeline.encode(work.job._order.plan, self._lanes.num_threads)
         except BaseException as failed:
             error = failed
         with self.lock:
             self._in_flight -= 1
-            self._commands.append(functools.partial(self._begin_base, work, error))
+            self._commands.append(functools.partial(self._begin, work, error))
             self.notify()
 
-    def _begin_base(self, work: _Work, error: BaseException | None) -> None:
+    def _begin(self, work: _Work, error: BaseException | None) -> None:
         if work not in self._running or work.job.done:
             return  # it ended meanwhile
         try:
             if error is not None:
                 raise error
-            self._enter_base(work)
+            work.job._lap("text")
+            initial, work.initial = work.initial, None
+            self._enter_stage(work, self.pipeline.start(work.job._order.plan, work.text, initial))
         except BaseException as failed:
             self._end(work, failed)
 
-    def _enter_base(self, work: _Work) -> None:
-        order = work.job._order
-        work.job._lap("text")
-        self._enter(work, self.pipeline.base(order.plan, work.text))
-        if order.is_chained:
-            work.feed = Feed()
-            follower = work.follower = _Work(work.job, Need(0, {}), self._next_owner, is_follower=True)
-            self._next_owner += 1
+    def _enter_stage(self, work: _Work, run: StageRun) -> None:
+        """A stage, and those after it that read its frames as they become final."""
+        order, stage = work.job._order, run.stage
+        work.owner = self._new_owner() if order.is_fed(stage) else 0
+        self._enter(work, run)
+        while order.is_streamed(stage):
+            stage, work.feed = order.after(stage), Feed()
+            follower = work.follower = _Work(
+                work.job, Need(0, {}), self._new_owner(), text=work.text, is_follower=True
+            )
             with self.lock:
                 self._running.append(follower)
-            self._enter(follower, self.pipeline.ssr(order.last, work.feed, order.seed, work.text))
+            self._enter(follower, self.pipeline.follow(stage, work.feed, order.seed, work.text))
+            work = follower
+
+    def _new_owner(self) -> int:
+        self._next_owner += 1
+        return self._next_owner
 
     def _enter(self, work: _Work, run: StageRun) -> None:
         """Into the bucket of a stage's calls."""
@@ -423,12 +434,17 @@ class Scheduler:
         if shape not in self._buckets and spare is not None:
             self._move(spare, shape)
         if shape not in self._buckets:
-            self._buckets[shape] = Bucket(
-                self.pipeline.backend, self.pipeline.network(shape.stage), self.pipeline.config.text_tokens, shape,
-                capacity=self._capacity[shape.guided], fixed_batch=self._fixed_batch,
-                device_calls=self._device_calls,
-            )  # fmt: skip
+            self._buckets[shape] = self._make_bucket(shape)
         return self._buckets[shape]
+
+    def _make_bucket(self, shape: CallShape) -> Bucket | DecodeBucket:
+        backend, config = self.pipeline.backend, self.pipeline.config
+        network = config.networks[shape.stage]
+        options = dict(fixed_batch=self._fixed_batch, device_calls=self._device_calls)
+        if isinstance(network, DecodingConfig):
+            return DecodeBucket(backend, network, shape, **options)
+        capacity = self._capacity[shape.guided]
+        return Bucket(backend, network, config.text_tokens, shape, capacity=capacity, **options)
 
     def _move(self, bucket: Bucket, shape: CallShape) -> None:
         del self._buckets[bucket.shape]
@@ -477,8 +493,8 @@ class Scheduler:
             self._pause(work)
 
     def _ask_for(self, work: _Work, wanted: int) -> None:
-        """Asks whoever follows the job to read more of its input; frames of the base come by themselves."""
-        if work.job._order.feed is None:
+        """Asks whoever follows the job to read more of its input; frames of the stage before come by themselves."""
+        if work.run.feed is None or work.run.feed is not work.job._order.feed:
             return
         with self.lock:
             work.job._frames_wanted = wanted
@@ -585,7 +601,7 @@ class Scheduler:
     def _progress(self, work: _Work) -> Progress:
         sampler, handle, stage = work.bucket.sampler, work.handle, work.run.stage
         plan = sampler.plan(handle)
-        steps, done, final = len(stage.table.timesteps), work.tasks_done, sampler.frames_final(handle)
+        steps, done, final = stage.num_steps, work.tasks_done, sampler.frames_final(handle)
         if plan.num_windows is None:
             return Progress(stage.name, done, None, final, None, None)
         num_tasks = plan.num_windows * steps
@@ -595,14 +611,15 @@ class Scheduler:
     def _move_frames(self, work: _Work) -> None:
         """Final frames to the reader, or to the next stage; and the next stage, or the end."""
         job, sampler, handle = work.job, work.bucket.sampler, work.handle
-        is_last = work.run.stage is job._order.last
+        order, stage = job._order, work.run.stage
+        is_last = stage is order.last
         if not is_last or job._has_room():
             final = sampler.take_final(handle)
             if final is not None:
                 start, frames = final
                 work.taken += len(frames)
-                task = None if job._order.plan is None else job._order.plan.task
-                if task is not None and work.run.stage is job._order.plan.base:
+                task = None if order.plan is None else order.plan.task
+                if task is not None and stage is order.stages[0]:
                     frames = task.settle(start, frames)
                 if work.follower is not None:
                     for frame in frames:
@@ -618,7 +635,6 @@ class Scheduler:
         with self.lock:
             if job._steps_ended:
                 return  # the callback of the last step may still end the job
-        stage = work.run.stage
         self._leave(work)
         job._lap(stage.name)
         with self.lock:
@@ -631,11 +647,7 @@ class Scheduler:
             with self.lock:
                 self._running.remove(work)
         else:
-            low, work.low = np.concatenate(work.low), []
-            order = job._order
-            self._enter(work, self.pipeline.ssr(order.last, order.plan.handed_on(low), order.seed, work.text))
-
-
-def call_shape(stage: StagePlan, owner: int = 0) -> CallShape:
-    frames = stage.windows.call_frames
-    return CallShape(stage.name, frames, stage.height, stage.width, stage.is_guided, owner, stage.style)
+            frames, work.low = np.concatenate(work.low), []
+            if stage is order.stages[0] and order.plan is not None:
+                frames = order.plan.handed_on(frames)
+            self._enter_stage(work, self.pipeline.follow(order.after(stage), frames, order.seed, work.text))

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -59,18 +59,21 @@ class Runner:
     """Runs what the store holds, `concurrency` jobs at once.
 
     Args:
+        stages: names of the model's stages, in their order.
         limits: of a job's files.
 
     Attributes:
         worker: None until `set_worker`; jobs wait for it.
     """
 
-    def __init__(self, store: Store, hub: Hub, metrics: Metrics, *, concurrency: int, limits: Limits):
+    def __init__(self, store: Store, hub: Hub, metrics: Metrics, *, stages: Sequence[str], concurrency: int,
+                 limits: Limits):  # fmt: skip
         self.store, self.hub, self.metrics, self.concurrency = store, hub, metrics, concurrency
         self.limits = limits
         self.worker: Worker | None = None
         self.seconds_per_job = 2.0  # a moving mean, for Retry-After
-        self._base_share = 0.5  # of a clip's time, a moving mean, for the percentage
+        # Of a clip's time, by stage in their order: moving means, for the percentage.
+        self._shares = dict.fromkeys(stages, 1 / len(stages))
         self._changed = threading.Condition()
         self._running: dict[str, _Running] = {}
         self._is_closing = False
@@ -130,7 +133,7 @@ class Runner:
                 if job is None:
                     self._changed.wait(self._expire())
                 else:
-                    running = self._running[job.id] = _Running(self._base_share)
+                    running = self._running[job.id] = _Running(dict(self._shares))
                     self._pool.submit(self._run, job, running)
             if time.monotonic() - swept > SWEEP_SECONDS:
                 swept = time.monotonic()
@@ -228,11 +231,12 @@ class Runner:
         finally:
             self.store.drop_result(job.id)
         seconds = work.metadata.get("seconds", {})
-        for stage in ("text", "base", "ssr"):
+        for stage in ("text", *self._shares):
             if stage in seconds:
                 self.metrics.stage_seconds.labels(stage).observe(seconds[stage])
         if seconds.get("total"):
-            self._base_share += 0.2 * (seconds.get("base", 0.0) / seconds["total"] - self._base_share)
+            for stage, share in self._shares.items():
+                self._shares[stage] += 0.2 * (seconds.get(stage, 0.0) / seconds["total"] - share)
         self.metrics.frames.inc(num_frames)
         return "completed"
 
@@ -252,9 +256,9 @@ class Runner:
 class _Running:
     """A job in its thread."""
 
-    def __init__(self, base_share: float):
+    def __init__(self, shares: dict[str, float]):
         self.percent = 0
-        self._base_share = base_share
+        self._shares = shares
         self._lock = threading.Lock()
         self._work: Work | None = None
         self._is_cancelled = False
@@ -280,8 +284,10 @@ class _Running:
     def follow(self, progress: Progress) -> int:
         """The percentage, which never falls and reaches 100 with the whole file only."""
         part = progress.step / progress.steps if progress.steps else 0.0
-        share = self._base_share
-        done = share * part if progress.stage == "base" else share + (1 - share) * part
+        names = list(self._shares)
+        done = sum(self._shares[name] for name in names[: names.index(progress.stage)])
+        # The last stage fills up what is left: text and file are in no stage.
+        done += part * (1 - done if progress.stage == names[-1] else self._shares[progress.stage])
         self.percent = max(self.percent, min(99, int(100 * done)))
         return self.percent
 

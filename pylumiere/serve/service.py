@@ -96,11 +96,12 @@ class Service:
 
     def __post_init__(self):
         self.names = self.names or (self.config.name,)
-        self.most_frames = self.limits.frames or MODEL_LENGTHS * self.config.base.network.num_frames
+        self.most_frames = self.limits.frames or MODEL_LENGTHS * self.config.first.network.num_frames
         self.created = int(time.time())
         self.runner = Runner(
-            self.store, self.hub, self.metrics, concurrency=self.concurrency, limits=self.limits.files
-        )
+            self.store, self.hub, self.metrics, stages=list(self.config.networks), concurrency=self.concurrency,
+            limits=self.limits.files,
+        )  # fmt: skip
         self._decoding = threading.BoundedSemaphore(2)  # pictures are large while they are decoded
         for status in ("queued", "in_progress", "completed", "failed"):
             read = lambda status=status: self.store.counts()[status]  # noqa: E731
@@ -294,21 +295,21 @@ class Service:
         )  # fmt: skip
 
     def model(self, name: str) -> ModelObject:
-        made_for = (self.config.ssr or self.config.base).network
-        network, sampling = self.config.base.network, self.config.base.sampling
+        height, width = self.config.size
+        network, sampling = self.config.first.network, self.config.first.sampling
         return ModelObject(
             id=name, created=self.created,
             defaults={
                 "num_frames": network.num_frames, "fps": self.config.fps,
-                "seconds": network.num_frames / self.config.fps, "size": f"{made_for.width}x{made_for.height}",
+                "seconds": network.num_frames / self.config.fps, "size": f"{width}x{height}",
                 "sampler": sampling.sampler, "num_inference_steps": sampling.num_inference_steps,
                 "guidance_scale": sampling.guidance_scale,
             },
             styles=list(self.styles),
             limits={
                 "num_frames": {"most": self.most_frames, "step": 1},
-                "size": {"step": size_step(self.config), "width": MAX_ENLARGEMENT * made_for.width,
-                         "height": MAX_ENLARGEMENT * made_for.height},
+                "size": {"step": size_step(self.config), "width": MAX_ENLARGEMENT * width,
+                         "height": MAX_ENLARGEMENT * height},
             },
         )  # fmt: skip
 

@@ -69,18 +69,22 @@ def spread(engine: Engine, place: Place, count: int) -> SpreadBackend:
     if not engine.reproducible or not engine.info()["device"].startswith("cpu"):
         raise InvalidRequest("windows are spread by engines on a CPU with reproducible=True only")
     mark = fingerprint(engine)
-    return engine.delegate_calls(lambda backend, lanes: SpreadBackend(backend, place, mark, own=lanes), count)
+    stages = frozenset(stage.name for stage in engine.config.stages[1:])
+    return engine.delegate_calls(lambda backend, lanes: SpreadBackend(backend, place, mark, stages, own=lanes), count)
 
 
 class SpreadBackend:
     """A backend that computes in its own engine while that has a free thread, and elsewhere otherwise.
 
+    Args:
+        stages: whose calls may travel: those that work on windows.
+
     Attributes:
         computed: calls by place: "here", "away", and "again" for those that another place failed to give.
     """
 
-    def __init__(self, backend: Any, place: Place, mark: str, *, own: int):
-        self._backend, self._place, self._mark = backend, place, mark
+    def __init__(self, backend: Any, place: Place, mark: str, stages: frozenset[str], *, own: int):
+        self._backend, self._place, self._mark, self._stages = backend, place, mark, stages
         self._own = threading.Semaphore(own)
         self._lock = threading.Lock()
         self.computed = {"here": 0, "away": 0, "again": 0}
@@ -90,7 +94,7 @@ class SpreadBackend:
 
     def predict(self, stage: str, sample: Tensor, *inputs: Any, num_threads: int | None = None, **more: Any) -> Tensor:
         threads = num_threads or self._backend.num_threads
-        may_travel = stage == "ssr" and not any(more.values())
+        may_travel = stage in self._stages and not any(more.values())
         if not may_travel or self._own.acquire(blocking=False):
             try:
                 self._count("here")

@@ -92,7 +92,6 @@ def test_a_drawn_seed_is_reported_and_differs():
     [
         ({"height": 30}, "height=30: this model makes multiples of 8 up to 128"),
         ({"width": 8192}, "width=8192: this model makes multiples of 8 up to 128"),
-        ({"sampler": "euler"}, "sampler 'euler' needs a flow schedule"),
         ({"window_frames": 1, "window_overlap": 1}, "window_overlap=1 should be smaller"),
         ({"window_overlap": 4}, "window_overlap=4 should be smaller than window_frames=4"),
         ({"keyframes": {8: np.zeros((4, 4, 3), np.uint8)}}, "keyframes: frame 8 is outside the clip"),

@@ -136,7 +136,7 @@ def native_loaders_refused() -> Iterator[list[str]]:
     import torch
 
     from pylumiere.checkpoints import native
-    from pylumiere.networks import text
+    from pylumiere.networks.text import minilm
 
     called: list[str] = []
 
@@ -150,7 +150,7 @@ def native_loaders_refused() -> Iterator[list[str]]:
     targets = [
         (onnxruntime, "InferenceSession"), (safetensors, "safe_open"), (safetensors.torch, "load"),
         (safetensors.torch, "load_file"), (tokenizers, "Tokenizer"), (torch, "load"), (native, "load"),
-        (native, "safe_open"), (text, "load_tokenizer"),
+        (native, "safe_open"), (minilm, "load_tokenizer"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name in targets:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pylumiere.config import ModelConfig
 from pylumiere.errors import BundleError, one_line
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDER_VERSIONS = (1,)  # read too: there the model was a base and a super-resolution network
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 # Limits on what an untrusted bundle may make us do before its hashes are known to be right.
@@ -26,7 +27,7 @@ SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".onnx", ".data", ".plan"
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+.-]*")
 
-Stage = Literal["base", "ssr", "text"]
+Stage = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_+.-]*$")]
 Text = Annotated[str, Field(max_length=1000)]
@@ -244,11 +245,11 @@ class Manifest(_Strict):
         files: every file of the bundle but the manifest and its signature, by relative path.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     name: Name
     created_by: Annotated[str, Field(max_length=120)]
     model: dict[str, Any]
-    weights: dict[Literal["base", "ssr"], BundlePath]
+    weights: Annotated[dict[Stage, BundlePath], Field(max_length=64)]
     text: TextEncoder
     files: Annotated[dict[BundlePath, FileEntry], Field(min_length=1, max_length=MAX_FILES)]
     artefacts: Annotated[tuple[Artefact, ...], Field(max_length=MAX_FILES)] = ()
@@ -280,18 +281,20 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Manifest:
         config = self.config
-        stages = {"base"} if config.ssr is None else {"base", "ssr"}
+        stages = set(config.networks)
         if set(self.weights) != stages:
             raise ValueError(f"weights are given for {', '.join(sorted(self.weights)) or 'nothing'}; the model has "
                              f"{', '.join(sorted(stages))}")  # fmt: skip
-        if config.base.network.text_dim not in (0, self.text.width):
-            raise ValueError(f"text encoder: {self.text.width} wide; the model expects {config.base.network.text_dim}")
+        for stage in config.stages:
+            if stage.network.text_dim not in (0, self.text.width):
+                expected = stage.network.text_dim
+                raise ValueError(f"text encoder: {self.text.width} wide; stage {stage.name} expects {expected}")
         names = [artefact.name for artefact in self.artefacts]
         if len(set(names)) != len(names):
             raise ValueError(f"artefact {next(n for n in names if names.count(n) > 1)} is there twice")
         for artefact in self.artefacts:
-            if artefact.stage == "ssr" and config.ssr is None:
-                raise ValueError(f"artefact {artefact.name}: the model has no ssr stage")
+            if artefact.stage not in {*stages, "text"}:
+                raise ValueError(f"artefact {artefact.name}: the model has no stage {artefact.stage!r}")
         for path in self._named():
             if path not in self.files:
                 raise ValueError(f"{path[:80]!r} is used, but not listed under files")
@@ -326,7 +329,7 @@ def parse_manifest(raw: bytes, where: str = "manifest") -> Manifest:
     version = data.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int):
         raise BundleError(f"{where}: {MANIFEST} has no schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in (*OLDER_VERSIONS, SCHEMA_VERSION):
         remedy = "update pylumiere" if version > SCHEMA_VERSION else "export the bundle again"
         raise BundleError(
             f"{where}: {MANIFEST}: schema version {str(version)[:20]} is not known; this pylumiere reads version "

@@ -237,12 +237,12 @@ class Card {
     this.video.progress = percent;
     this.node.querySelector("progress").value = percent;
     this.part("badge").textContent = `${percent} %`;
-    const parts = stage === "base"
-      ? [`motion, step ${step} of ${steps}`]
-      : [`detail, ${frames_final} of ${num_frames} frames final`];
+    const parts = frames_final > 0 && frames_final < num_frames
+      ? [`${stage}, ${frames_final} of ${num_frames} frames final`]
+      : [`${stage}, step ${step} of ${steps}`];
     if (seconds_left !== null && seconds_left >= 1) parts.push(`${Math.ceil(seconds_left)} s left`);
     this.part("facts").textContent = parts.join(" · ");
-    if (stage !== "base") {
+    if (frames_final > 0 && frames_final < num_frames) {
       this.node.querySelector("progress").hidden = true;
       const film = this.part("film");
       while (film.childElementCount < num_frames) film.append(document.createElement("span"));

@@ -1,0 +1,191 @@
+"""`generate` and `upscale`: clips to files."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from pylumiere.cli.console import Bars, absolute
+from pylumiere.cli.options import Backend, Device, Json, Key, Model, Overlap, Precision, Window, parse_size
+from pylumiere.errors import InvalidRequest
+
+Output = Annotated[str, typer.Option("-o", "--output", help=".mp4, .webm, .gif, a PNG folder, or - (mp4 to stdout).")]
+Sheet = Annotated[str | None, typer.Option(help="Also write a contact sheet, a PNG of every 8th frame.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bytes; drawn at random if not given.")]
+
+_MAX_TILES = 200  # of a streamed clip's contact sheet
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    output: Output = "clip.mp4",
+    model: Model = "demo",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    key: Key = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m or euler.")] = None,
+    seed: Seed = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, or one number for a square.")] = None,
+    negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
+    image: Annotated[str | None, typer.Option(help="A picture: the first frame.")] = None,
+    keyframes: Annotated[
+        list[str] | None, typer.Option(metavar="N:FILE...", help="More given frames: 0:a.png 79:b.png, or last:b.png.")
+    ] = None,
+    video: Annotated[str | None, typer.Option(help="A clip to start from, or to keep in part.")] = None,
+    mask: Annotated[str | None, typer.Option(help="A picture or clip: white is made anew, black is kept.")] = None,
+    expand: Annotated[
+        str | None, typer.Option(help="Pixels of the result to make beside the picture: left=16,right=16, or all=16.")
+    ] = None,
+    fit: Annotated[str, typer.Option(help="How pictures go into the frame: crop, pad or stretch.")] = "crop",
+    strength: Annotated[float, typer.Option(help="With --video: how much of the noise schedule to run, 0 to 1.")] = 1.0,
+    style: Annotated[str | None, typer.Option(help="A style of the model (demo: ink), or a style's file.")] = None,
+    style_strength: Annotated[float, typer.Option(help="0 is the model as it is, 1 is the style.")] = 1.0,
+    loop: Annotated[bool, typer.Option("--loop", help="The last frame runs into the first.")] = False,
+    window: Window = None,
+    overlap: Overlap = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Encode frames while later ones are computed.")] = False,
+    sheet: Sheet = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a clip from a text."""
+    from pylumiere.media.inputs import parse_expand, parse_keyframes, request_fields
+    from pylumiere.request import GenerationRequest
+
+    begun = time.monotonic()
+    _check_outputs(output, sheet)
+    width, height = parse_size(size)
+    given = request_fields(
+        image=image, video=video, mask=mask, keyframes=parse_keyframes(keyframes or []), fps=fps, num_frames=frames
+    )
+    if expand is not None:
+        given["expand"] = parse_expand(expand)
+    with Bars() as bars:
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative, height=height, width=width,
+            num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
+            seed=secrets.randbits(32) if seed is None else seed,
+            fit=fit, strength=strength, style=style, style_strength=style_strength, loop=loop,
+            window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback, **given,
+        )  # fmt: skip
+        engine = _load(model, backend, device, precision, key)
+        loaded = time.monotonic()
+        if stream:
+            metadata = _write_stream(engine.stream(request), output, sheet, prompt)
+        else:
+            result = engine.generate(request)
+            bars.close()
+            metadata = result.metadata
+            result.save(output)
+            if sheet is not None:
+                result.sheet(sheet)
+    seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
+    _report(output, sheet, metadata, seconds, as_json, stream)
+
+
+def upscale(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A video, a picture, a folder of PNG, or - (stdin).")],
+    output: Output,
+    model: Model = "demo",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    key: Key = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
+    seed: Seed = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second; the input's own if not given.")] = None,
+    window: Window = None,
+    overlap: Overlap = None,
+    loop: Annotated[bool, typer.Option("--loop", help="The clip's end meets its start.")] = False,
+    sheet: Sheet = None,
+    as_json: Json = False,
+) -> None:
+    """Super-resolution alone, for clips of any length. Sound is dropped."""
+    from pylumiere.media.ffmpeg import PIPE
+    from pylumiere.media.readers import VideoReader
+
+    begun = time.monotonic()
+    _check_outputs(output, sheet)
+    if loop and source == PIPE:
+        raise InvalidRequest("--loop needs an input whose length is known; - is a pipe")
+    with VideoReader(source) as reader, Bars() as bars:
+        engine = _load(model, backend, device, precision, key)
+        loaded = time.monotonic()
+        chunks = engine.upscale(
+            reader, fps=fps or reader.fps, num_frames=None if source == PIPE else reader.num_frames, seed=seed,
+            loop=loop, num_inference_steps=steps, window_frames=window, window_overlap=overlap,
+            callback_on_step_end=bars.callback,
+        )  # fmt: skip
+        metadata = _write_stream(chunks, output, sheet, "")
+    seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
+    _report(output, sheet, metadata, seconds, as_json, True)
+
+
+def _load(model: str, backend: str, device: str, precision: str, key: str | None):
+    from pylumiere.engine import Engine
+
+    return Engine.load(model, backend=backend, device=device, precision=precision, trusted_key=key)
+
+
+def _check_outputs(output: str, sheet: str | None) -> None:
+    """Before anything is computed: can the results be written?"""
+    from pylumiere.media.writers import check_sheet_path, output_format
+
+    output_format(output)
+    if sheet is not None:
+        check_sheet_path(sheet)
+
+
+def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[str, Any]:
+    """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
+    import numpy as np
+
+    from pylumiere.media.writers import BackgroundWriter, VideoWriter, write_sheet
+
+    kept: list[tuple[int, Any]] = []
+    num_frames = 0
+    with chunks, VideoWriter(output, chunks.fps) as writer, BackgroundWriter(writer.write) as encoder:
+        for chunk in chunks:
+            encoder.put(chunk.frames)
+            num_frames += len(chunk.frames)
+            if sheet is not None and len(kept) < _MAX_TILES:
+                first = -chunk.start % 8
+                kept += [(chunk.start + i, chunk.frames[i].copy()) for i in range(first, len(chunk.frames), 8)]
+    if sheet is not None and kept:
+        numbers, frames = zip(*kept, strict=True)
+        write_sheet(sheet, np.stack(frames), numbers, caption=caption)
+    return {**chunks.metadata, "num_frames": num_frames}
+
+
+def _report(
+    output: str, sheet: str | None, metadata: dict[str, Any], seconds: dict[str, float], as_json: bool, streamed: bool
+) -> None:
+    from pylumiere.scheduling.memory import peak_resident_bytes
+
+    outputs = {"output": absolute(output), "sheet": None if sheet is None else absolute(sheet)}
+    file = sys.stderr if output == "-" else sys.stdout  # standard output carries the clip
+    if as_json:
+        inner = metadata.get("seconds")
+        times = {**(inner if isinstance(inner, dict) else {}), **seconds}
+        times = {name: round(value, 3) for name, value in times.items()}
+        measured = {"seconds": times, "peak_resident_bytes": peak_resident_bytes()}
+        print(json.dumps({**outputs, **metadata, **measured}), file=file)
+        return
+    facts = [
+        f"{metadata['num_frames']} frames", f"{metadata['width']} x {metadata['height']}", f"{metadata['fps']:g} fps",
+        f"seed {metadata['seed']}", f"{seconds['all']:.1f} s",
+    ]  # fmt: skip
+    if streamed:
+        facts.append(f"first frames after {metadata['first_frame_seconds']:.1f} s")
+    print(f"{outputs['output']}: {', '.join(facts)}", file=file)
+    if sheet is not None:
+        print(f"{outputs['sheet']}: contact sheet, every 8th frame", file=file)

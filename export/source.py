@@ -9,18 +9,20 @@ import importlib.resources
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pylumiere.export.to_onnx import read_safetensors_header
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pylumiere.checkpoints import bundle
 from pylumiere.checkpoints.diffusers import TextParts, is_diffusers_folder, read_diffusers_folder
 from pylumiere.checkpoints.native import SHIPPED, find_model, load_checkpoint
 from pylumiere.config import ModelConfig
-from pylumiere.errors import BundleError, InvalidRequest
+from pylumiere.errors import BundleError, InvalidRequest, one_line
 from pylumiere.loading import clip_config, shift_config
 from pylumiere.networks.text import MiniLMEncoder
 from pylumiere.networks.text.clip import ClipTextEncoder, fit_clip_weights
@@ -68,7 +70,10 @@ class Source:
         if self.text.weights is not None:
             self.weights["text"] = self.text.weights
             header, _ = read_safetensors_header(staging / self.text.weights)
-            self.vocabulary = header[_TOKENS[self.text.kind]]["shape"][0]
+            name = _TOKENS[self.text.kind]
+            if name not in header:
+                raise BundleError(f"{model}: {self.text.weights} does not hold {name}")
+            self.vocabulary = header[name]["shape"][0]
         self.hashes = {stage: bundle.file_entry(staging / path).sha256 for stage, path in self.weights.items()}
 
     def _from_checkpoint(self, model: str, staging: Path) -> None:
@@ -84,7 +89,7 @@ class Source:
         self.config = folder.config
         self.weights = _weight_paths(self.config)
         for stage, tensors in folder.weights().items():  # views of mapped files, read as they are written
-            save_file(tensors, staging / self.weights[stage], {"format": "pt"})
+            _save(tensors, staging, self.weights[stage])
         parts = folder.text_parts()
         self.text = _write_clip(parts, staging)
         self.text_model["config"] = parts.config.to_dict()
@@ -128,7 +133,7 @@ def _write_text(config: ModelConfig, staging: Path) -> bundle.TextEncoder:
     with importlib.resources.as_file(folder / "model.safetensors") as path:
         weights = load_file(str(path))
     used = {name: weight.to(torch.float16).contiguous() for name, weight in weights.items() if _MINILM.match(name)}
-    save_file(used, str(staging / "text" / "minilm.safetensors"), {"format": "pt"})
+    _save(used, staging, "text/minilm.safetensors")
     (staging / "text" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     return bundle.TextEncoder(
         kind="minilm", width=width, tokenizer="text/tokenizer.json", weights="text/minilm.safetensors"
@@ -140,8 +145,16 @@ def _write_clip(parts: TextParts, staging: Path) -> bundle.TextEncoder:
     ClipTextEncoder(parts.config, parts.tokenizer, parts.weights)  # whether they fit each other
     (staging / "text" / "config.json").write_text(json.dumps(parts.config.to_dict(), indent=1) + "\n")
     (staging / "text" / "tokenizer.json").write_bytes(tokenizer_json(parts.tokenizer))
-    save_file(fit_clip_weights(parts.config, parts.weights), staging / "text" / "clip.safetensors", {"format": "pt"})
+    _save(fit_clip_weights(parts.config, parts.weights), staging, "text/clip.safetensors")
     return bundle.TextEncoder(
         kind="clip", width=parts.config.hidden_size, tokenizer="text/tokenizer.json", config="text/config.json",
         weights="text/clip.safetensors",
     )  # fmt: skip
+
+
+def _save(tensors: Mapping[str, torch.Tensor], staging: Path, path: str) -> None:
+    """Raises BundleError where the disk is full or cannot be written."""
+    try:
+        save_file(dict(tensors), staging / path, {"format": "pt"})
+    except SafetensorError as error:
+        raise BundleError(f"{path} cannot be written: {one_line(error)}") from None

@@ -9,9 +9,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from pylumiere.export import to_onnx
+from pylumiere.export import source, to_onnx
 from pylumiere.export.build import ExportOptions, export_bundle
 from pylumiere.export.spec import Axis, NetworkSpec, network_specs
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pylumiere.checkpoints.bundle import TensorSpec, open_bundle
@@ -141,6 +142,18 @@ def test_a_transformers_folder_as_text_encoder_is_refused(picture_model, tmp_pat
     (folder / "config.json").write_text(json.dumps({**config, "text_encoder": "clip:somewhere"}))
     with pytest.raises(BundleError, match="'clip:somewhere' cannot be put into a bundle; minilm, hash, and CLIP of"):
         export_bundle(str(folder), tmp_path / "a.plm")
+
+
+def test_a_disk_that_is_full_while_weights_are_written_is_one_line_and_leaves_nothing(
+    latent_model, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(source, "save_file", fail)
+    with pytest.raises(BundleError, match=r"model/unet.safetensors cannot be written: .* No space left on device"):
+        export_bundle(str(latent_model), tmp_path / "a.plm")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- operators in a graph --------------------------------------------------------------------------------------------

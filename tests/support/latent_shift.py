@@ -6,20 +6,22 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from pylumiere.config import TemporalShiftConfig
 
 
-def shifted(x, channels, div, direction, pad):
-    """The shift as a convolution over frames [B, C, T, H, W] with one 1 for each channel."""
-    weight = torch.zeros(channels, 1, 3, 1, 1, dtype=x.dtype)
-    for c in range(channels):
-        tap = {"both": {0: 2, 1: 0}, "causal": {0: 0}}[direction].get(c // (channels // div), 1)
-        weight[c, 0, tap] = 1
-    x = F.pad(x, (0, 0, 0, 0, 1, 1), mode={"zero": "constant"}.get(pad, pad))
-    return F.conv3d(x, weight, groups=channels)
+def shifted(x: Tensor, shift: TemporalShiftConfig) -> Tensor:
+    """Clips [B, T, C, H, W] whose first channels are those of a neighbouring frame, by indices into a longer clip."""
+    frames, fold = x.shape[1], x.shape[2] // shift.div
+    first, last, nothing = x[:, :1], x[:, -1:], torch.zeros_like(x[:, :1])
+    before, after = {"zero": (nothing, nothing), "circular": (last, first), "replicate": (first, last)}[shift.pad]
+    longer, result = torch.cat([before, x, after], 1), x.clone()
+    for i, begin in enumerate({"both": (2, 0), "causal": (0,)}[shift.direction]):  # 1 is the frame itself
+        channels = slice(i * fold, (i + 1) * fold)
+        result[:, :, channels] = longer[:, begin : begin + frames, channels]
+    return result
 
 
 @contextlib.contextmanager
@@ -28,9 +30,7 @@ def shifting(model: UNet2DConditionModel, frames: int, shift: TemporalShiftConfi
     convolutions read shifted channels. Gives the number of blocks."""
 
     def hook(conv, args):
-        clips = args[0].unflatten(0, (-1, frames)).transpose(1, 2)
-        moved = shifted(clips, conv.in_channels, shift.div, shift.direction, shift.pad)
-        return (moved.transpose(1, 2).flatten(0, 1),)
+        return (shifted(args[0].unflatten(0, (-1, frames)), shift).flatten(0, 1),)
 
     blocks = [module for module in model.modules() if type(module).__name__ == "ResnetBlock2D"]
     handles = [block.conv1.register_forward_pre_hook(hook) for block in blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -49,6 +50,23 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"kernel tests executed: {_executed['kernels']}")
+
+
+# ---- tiny Stable Diffusion folders, each saved once ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """`tiny_sd(**options of write_tiny_sd)` gives the pipeline of diffusers and the folder; neither is to be changed,
+    but for the pipeline's scheduler."""
+    from support.tiny_diffusers import write_tiny_sd
+
+    @functools.cache
+    def saved(**options):
+        folder = tmp_path_factory.mktemp("tiny-sd") / "model"
+        return write_tiny_sd(folder, **options), folder
+
+    return saved
 
 
 # ---- one tiny model, exported once for all tests that look at a bundle -----------------------------------------------

@@ -1,4 +1,4 @@
-"""Latent-Shift from a picture model's folder: clips against diffusers' own U-Net with shifted channels, in plain loops."""
+"""Latent-Shift from a picture model's folder: clips against diffusers' own U-Net with shifted channels, in loops."""
 
 from __future__ import annotations
 

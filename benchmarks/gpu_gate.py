@@ -23,8 +23,8 @@ from _record import machine_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = (
-    "spatial_conv", "temporal_conv", "temporal_attention", "groupnorm_silu", "norm_affine", "denoise_step",
-    "temporal_shift", "factorized_conv",
+    "spatial_conv", "temporal_conv", "temporal_attention", "groupnorm_silu", "norm_affine", "layer_norm", "geglu",
+    "denoise_step", "temporal_shift", "factorized_conv",
 )  # fmt: skip
 LEAST = 15  # seconds that are worth starting a step for
 

@@ -34,16 +34,19 @@ def export_bundle(
     *,
     force: bool = False,
     sign_key: str | os.PathLike | None = None,
+    temporal_shift: Any = None,
     cache_folder: Path | None = None,
     on_progress: Progress = lambda job, done, phase: None,
 ) -> dict[str, Any]:
     """Writes a bundle.
 
     Args:
-        model: a shipped name, a checkpoint folder, or a bundle, whose artefacts are then kept beside the new ones.
+        model: a shipped name, a model folder, a folder as diffusers saves it, or a bundle, whose artefacts are then
+            kept beside the new ones.
         output: NAME.plm; the bundle is there in one piece or not at all.
         force: replace a bundle that is there.
         sign_key: private Ed25519 key in PEM.
+        temporal_shift: for a folder as diffusers saves it; see `Engine.load`.
 
     Returns:
         what was built: output, bytes, seconds, artefacts (name, bytes, seconds, cached), notes, peak_bytes (of the
@@ -65,7 +68,8 @@ def export_bundle(
         raise BundleError(f"{output.parent} cannot be written: {error.strerror}") from error
     try:
         staging.chmod(0o755)
-        source = Source(model, staging)
+        source = Source(model, staging, temporal_shift)
+        targets.fit(source.config.networks)
         specs = network_specs(source.config, batch=options.batch, frames=options.frames, sizes=options.sizes)
         export = Export(source, specs, targets, options, staging, Cache(cache_folder), on_progress)
         artefacts = export.run()
@@ -124,7 +128,7 @@ def _check_libraries(targets: Targets) -> None:
 def _finish(source: Source, staging: Path, artefacts: Iterable[bundle.Artefact], sign_key: Any) -> bundle.Manifest:
     together: Mapping[str, bundle.Artefact] = {**source.kept, **{artefact.name: artefact for artefact in artefacts}}
     used = {path for artefact in together.values() for path in artefact.files}
-    used |= {*source.weights.values(), source.text.tokenizer, source.text.weights}
+    used |= {*source.weights.values(), *source.text.files}
     for path in sorted(staging.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):

@@ -14,7 +14,6 @@ compiled for its capability, without a GPU. The folder of a capability and stage
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -60,10 +59,11 @@ def compile_network(
     for arch, precision in targets:
         calls = []
         for bucket in spec.buckets:
-            sized = dataclasses.replace(config, num_frames=bucket["T"], height=bucket["H"], width=bucket["W"])
-            for batch in sorted({1, bucket["B"]}):
-                recording = record_network(sized, arch, aot.DTYPES[precision], batch=batch, text_tokens=text_tokens)
-                calls.append(({**bucket, "B": batch}, recording))
+            for sizes in ({**bucket, "B": batch} for batch in sorted({1, bucket["B"]})):
+                recording = record_network(
+                    config, arch, aot.DTYPES[precision], batch=sizes["B"], text_tokens=text_tokens, sizes=sizes
+                )
+                calls.append((sizes, recording))
         distinct = {launch.key(): launch for _, recording in calls for launch in recording.launches}
         plans.append((arch, precision, calls, distinct))
     total, done, found = sum(len(plan[3]) for plan in plans), 0, {}

@@ -1,4 +1,4 @@
-"""What the exported networks take and give: the only list of inputs, outputs, axes with their ranges, and tolerances.
+"""What the exported networks take and give: their families' ports, the ranges of the axes, and tolerances.
 
 The ONNX exporter, the plan builder, the checks and the manifest all read it. Inputs and outputs are float32 in every
 precision; a graph converts them at its ends.
@@ -7,11 +7,12 @@ precision; a graph converts them at its ends.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pylumiere.checkpoints.bundle import ShapeRange, TensorSpec
-from pylumiere.config import DECODER, ModelConfig
+from pylumiere.config import DECODER, ModelConfig, StageConfig
 from pylumiere.diffusion.plan import size_step
+from pylumiere.diffusion.windows import WindowPlan
 from pylumiere.errors import InvalidRequest
 from pylumiere.networks.families import AnyConfig, Port, family_of
 
@@ -57,6 +58,8 @@ class NetworkSpec:
         inputs, output: in the order of the graph.
         axes: ranges of the dynamic axes, by name.
         buckets: sizes of all axes for which plans get a profile of their own; the batch is the largest of each.
+        free: axes along which a bucket's calls may be shorter; all others are fixed in its profile.
+        vocabulary: how many tokens a text encoder knows; 0 for the others.
     """
 
     stage: str
@@ -64,6 +67,8 @@ class NetworkSpec:
     output: Port
     axes: dict[str, Axis]
     buckets: tuple[dict[str, int], ...]
+    free: tuple[str, ...] = ("B",)
+    vocabulary: int = 0
 
     def check_sizes(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Sizes at which a graph is compared with the eager model: smallest, odd, largest."""
@@ -78,12 +83,12 @@ class NetworkSpec:
         return {p.name: ShapeRange(min=p.shape(low), opt=p.shape(best), max=p.shape(high)) for p in self.inputs}
 
     def profiles(self) -> tuple[dict[str, ShapeRange], ...]:
-        """One per bucket: everything fixed but the batch, so that kernels are chosen for these very sizes."""
+        """One per bucket: everything fixed but the free axes, so that kernels are chosen for these very sizes."""
         found = []
         for bucket in self.buckets:
-            one = {**bucket, "B": 1}
+            low = {**bucket, **{name: self.axes[name].min for name in self.free}}
             found.append(
-                {p.name: ShapeRange(min=p.shape(one), opt=p.shape(bucket), max=p.shape(bucket)) for p in self.inputs}
+                {p.name: ShapeRange(min=p.shape(low), opt=p.shape(bucket), max=p.shape(bucket)) for p in self.inputs}
             )
         return tuple(found)
 
@@ -91,13 +96,15 @@ class NetworkSpec:
         """Plain values, for keys of the cache and for other processes."""
         ports = [[port.name, port.dtype, list(port.axes)] for port in (*self.inputs, self.output)]
         axes = [[a.name, a.min, a.opt, a.max, a.multiple] for a in self.axes.values()]
-        return {"stage": self.stage, "ports": ports, "axes": axes, "buckets": list(self.buckets)}
+        return {"stage": self.stage, "ports": ports, "axes": axes, "buckets": list(self.buckets),
+                "free": list(self.free), "vocabulary": self.vocabulary}  # fmt: skip
 
     @classmethod
     def from_json(cls, data: dict) -> NetworkSpec:
         *inputs, output = [Port(name, dtype, tuple(axes)) for name, dtype, axes in data["ports"]]
         axes = {row[0]: Axis(*row) for row in data["axes"]}
-        return cls(data["stage"], tuple(inputs), output, axes, tuple(data["buckets"]))
+        buckets, free = tuple(data["buckets"]), tuple(data["free"])
+        return cls(data["stage"], tuple(inputs), output, axes, buckets, free, data["vocabulary"])
 
 
 def network_specs(
@@ -119,39 +126,63 @@ def network_specs(
     """
     if not 1 <= batch <= MAX_BATCH:
         raise InvalidRequest(f"--batch {batch} is not in 1..{MAX_BATCH}")
-    first = config.first.network
-    frames = frames or (first.num_frames,)
     for count in frames:
-        _check_multiple("--frames", count, first.temporal_factor, 4096)
+        _check_multiple("--frames", count, config.first.network.temporal_factor, 4096)
+    frames = frames or _call_frames(config.first)
+    if len(set(frames)) > 1 and min(frames) < config.first.network.min_frames:
+        raise InvalidRequest(
+            f"--frames {min(frames)} cannot stand beside {max(frames)}: of one frame this network is another one; "
+            "export that into a bundle of its own"
+        )
     sizes = sizes or (config.size,)
     for height, width in sizes:
         for name, value in (("height", height), ("width", width)):
             _check_multiple(f"--size ({name})", value, size_step(config), 16384)
     specs = {}
     for index, (stage, scale) in enumerate(zip(config.stages, config.scales, strict=True)):
-        small = tuple((height // scale, width // scale) for height, width in sizes)
-        lengths = frames if index == 0 or stage.windows is None else (stage.windows.frames + 2 * stage.windows.halo,)
+        lengths = frames if index == 0 or stage.windows is None else _call_frames(stage)
+        small = _scaled(sizes, scale)
         specs[stage.name] = _network_spec(stage.name, stage.network, config.text_tokens, batch, lengths, small)
     if config.decoder is not None:
-        scale = config.decoder_scale
-        small = tuple((height // scale, width // scale) for height, width in sizes)
-        specs[DECODER] = _network_spec(
-            DECODER, config.decoder.network, config.text_tokens, 1, (config.decoder.group_frames,), small
-        )
+        # Its calls are groups of one clip's frames, of which the last may be short, and of large frames their tiles.
+        decoder = config.decoder
+        small = _scaled(sizes, config.decoder_scale)
+        tiles = tuple(dict.fromkeys((min(height, decoder.tile), min(width, decoder.tile)) for height, width in small))
+        spec = _network_spec(DECODER, decoder.network, config.text_tokens, 1, (decoder.group_frames,), tiles)
+        specs[DECODER] = replace(spec, free=("T",))
     return specs
 
 
-def text_spec(text_tokens: int, width: int) -> NetworkSpec:
-    """The text encoder: one prompt or a few, always the same length."""
-    inputs = (Port("input_ids", "int64", ("B", text_tokens)), Port("attention_mask", "int64", ("B", text_tokens)))
+def text_spec(text_tokens: int, width: int, vocabulary: int, *, is_masked: bool) -> NetworkSpec:
+    """The text encoder: one prompt or a few, always the same length.
+
+    Args:
+        is_masked: it is told which tokens are the prompt's; else it attends to all.
+    """
+    inputs = [Port("input_ids", "int64", ("B", text_tokens))]
+    if is_masked:
+        inputs.append(Port("attention_mask", "int64", ("B", text_tokens)))
     output = Port("embeddings", "fp32", ("B", text_tokens, width))
-    return NetworkSpec("text", inputs, output, {"B": Axis("B", 1, 1, 8)}, ({"B": 1},))
+    return NetworkSpec("text", tuple(inputs), output, {"B": Axis("B", 1, 1, 8)}, ({"B": 1},), vocabulary=vocabulary)
+
+
+def _call_frames(stage: StageConfig) -> tuple[int]:
+    """The length of a stage's calls where the user names none."""
+    windows, network = stage.windows, stage.network
+    if windows is None:
+        return (network.num_frames,)
+    return (WindowPlan(None, windows.frames, 0, halo=windows.halo, multiple=network.temporal_factor).call_frames,)
+
+
+def _scaled(sizes: tuple[tuple[int, int], ...], scale: int) -> tuple[tuple[int, int], ...]:
+    return tuple((height // scale, width // scale) for height, width in sizes)
 
 
 def _network_spec(
     stage: str, network: AnyConfig, text_tokens: int, batch: int, frames: tuple[int, ...], sizes: tuple
 ) -> NetworkSpec:
     ports = family_of(network).ports(network, text_tokens)
+    inputs, output = ports.inputs, ports.output
     buckets = tuple(
         {"B": batch, "T": count, "H": height, "W": width} for count in sorted(set(frames)) for height, width in sizes
     )
@@ -162,7 +193,10 @@ def _network_spec(
         "H": Axis("H", factor, first["H"], max(b["H"] for b in buckets), factor),
         "W": Axis("W", factor, first["W"], max(b["W"] for b in buckets), factor),
     }
-    return NetworkSpec(stage, ports.inputs, ports.output, axes, buckets)
+    if axes["T"].max < axes["T"].min:  # one frame, as a network of its own: the axis is fixed
+        count = {"T": axes.pop("T").max}
+        inputs, output = tuple(port.fixed(count) for port in inputs), output.fixed(count)
+    return NetworkSpec(stage, inputs, output, axes, buckets)
 
 
 def _check_multiple(option: str, value: int, unit: int, limit: int) -> None:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pylumiere.export.spec import TOLERANCE, NetworkSpec, tensor_spec, text_spec
 from pylumiere.export.targets import PlanTarget, local_gpu
 
 import pylumiere
+from pylumiere.backends.choice import precision_of
 from pylumiere.checkpoints import bundle
 from pylumiere.errors import BundleError
 
@@ -47,7 +49,9 @@ class Export:
         self.source, self.targets, self.options, self.staging = source, targets, options, staging
         self.specs: dict[str, NetworkSpec] = dict(specs)
         if "text" in source.weights:
-            self.specs["text"] = text_spec(source.config.text_tokens, source.text.width)
+            self.specs["text"] = text_spec(
+                source.config.text_tokens, source.text.width, source.vocabulary, is_masked=source.text.kind != "clip"
+            )
         self.cache, self.on_progress = cache, on_progress
         self.steps = self.hits = self.peak_bytes = 0
         self.cached: set[str] = set()
@@ -74,11 +78,12 @@ class Export:
                     pending.add(pool.submit(lambda s=stage, t=traced: self._portable(s, t.result())))
                     if stage == "text":
                         continue
+                    plans = [replace(p, precision=self._precision(stage, p.precision)) for p in self.targets.plans]
                     graphs = {
                         precision: pool.submit(lambda s=stage, t=traced, p=precision: self._graph(s, t.result(), p))
-                        for precision in sorted({plan.precision for plan in self.targets.plans})
+                        for precision in sorted({plan.precision for plan in plans})
                     }
-                    for plan in self.targets.plans:
+                    for plan in plans:
                         graph = graphs[plan.precision]
                         pending.add(pool.submit(lambda s=stage, g=graph, p=plan: self._plan(s, g.result(), p)))
                 while pending:
@@ -102,15 +107,15 @@ class Export:
         spec = self.specs[stage]
         facts = {"spec": spec.to_json()["ports"], "multiples": [a.multiple for a in spec.axes.values()],
                  "model": self._network(stage), "sources": self._sources, "versions": self._versions}  # fmt: skip
-        job = {"spec": spec.to_json(), "model": self.source.config.to_dict(), "weights": self._weights(stage)}
+        job = self._job(stage)
         folder, _, _ = self._step("trace", f"trace {stage}", facts, job)
         return folder
 
     def _portable(self, stage: str, trace: Path) -> list[bundle.Artefact]:
         spec, stored = self.specs[stage], self.source.weights[stage]
         job = {
-            "spec": spec.to_json(), "model": self.source.config.to_dict(), "weights": self._weights(stage),
-            "trace": str(trace / "trace.onnx"), "location": f"../{stored}", "threads": self._threads(),
+            **self._job(stage), "trace": str(trace / "trace.onnx"), "location": f"../{stored}",
+            "threads": self._threads(),
         }  # fmt: skip
         facts = {"trace": trace.name, "spec": spec.to_json(), "weights": self.source.hashes[stage],
                  "location": job["location"], "tolerance": TOLERANCE, "versions": self._versions}  # fmt: skip
@@ -132,8 +137,8 @@ class Export:
 
     def _graph(self, stage: str, trace: Path, precision: str) -> tuple[Path, dict[str, Any]]:
         spec = self.specs[stage]
-        job = {"spec": spec.to_json(), "model": self.source.config.to_dict(), "weights": self._weights(stage),
-               "trace": str(trace / "trace.onnx"), "precision": precision, "threads": self._threads()}  # fmt: skip
+        job = {**self._job(stage), "trace": str(trace / "trace.onnx"), "precision": precision,
+               "threads": self._threads()}  # fmt: skip
         facts = {"trace": trace.name, "spec": spec.to_json(), "weights": self.source.hashes[stage],
                  "precision": precision, "versions": self._versions}  # fmt: skip
         folder, told, _ = self._step("graph", f"graph {stage} {precision}", facts, job)
@@ -191,7 +196,8 @@ class Export:
     def _cubins(self, stage: str) -> list[bundle.Artefact]:
         import pylumiere.kernels
 
-        spec, targets = self.specs[stage], [list(target) for target in self.targets.cubins]
+        spec = self.specs[stage]
+        targets = [[arch, self._precision(stage, precision)] for arch, precision in self.targets.cubins]
         job = {"spec": spec.to_json(), "model": self.source.config.to_dict(), "targets": targets, "jobs": 1,
                "compiled": str(self.cache.folder / "cubins")}  # fmt: skip
         sources = [Path(folder) for folder in pylumiere.kernels.__path__]
@@ -202,7 +208,7 @@ class Export:
         folder, told, hit = self._step("cubins", f"cubins {stage}", facts, job)
         total = sum(row["kernels"] for row in told["targets"].values())
         found = []
-        for arch, precision in self.targets.cubins:
+        for arch, precision in targets:
             row, below = told["targets"][str(arch)], f"kernels/sm_{arch}/{stage}"
             files = [f"{below}/index.json"]
             files += sorted(f"{below}/{p.name}" for p in (folder / f"sm_{arch}" / stage).glob("*.cubin"))
@@ -232,11 +238,17 @@ class Export:
 
     def _network(self, stage: str) -> Any:
         if stage == "text":
-            return "minilm"
-        return self.source.config.networks[stage].to_dict()
+            return self.source.text_model
+        network = self.source.config.networks[stage]
+        return {"family": network.family, **network.to_dict()}
 
-    def _weights(self, stage: str) -> str:
-        return str(self.staging / self.source.weights[stage])
+    def _precision(self, stage: str, precision: str) -> str:
+        return precision_of(self.source.config.networks[stage], precision)
+
+    def _job(self, stage: str) -> dict[str, Any]:
+        """What steps that trace or run a network are told."""
+        return {"spec": self.specs[stage].to_json(), "model": self.source.config.to_dict(),
+                "text": self.source.text_model, "weights": str(self.staging / self.source.weights[stage])}  # fmt: skip
 
     def _threads(self) -> int:
         return max(1, (os.cpu_count() or 1) // max(1, self.options.jobs))

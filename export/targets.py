@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pylumiere.backends.choice import precision_of
 from pylumiere.checkpoints.skus import (
     CUBIN_SMS,
     RTX_PORTABLE_SMS,
@@ -16,6 +18,7 @@ from pylumiere.checkpoints.skus import (
     sms_of,
 )
 from pylumiere.errors import InvalidRequest, UnsupportedDevice
+from pylumiere.networks.families import AnyConfig
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 
@@ -67,6 +70,22 @@ class Targets:
     plans: list[PlanTarget] = field(default_factory=list)
     cubins: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def fit(self, networks: Mapping[str, AnyConfig]) -> None:
+        """Leaves out the plans for chips that lack what one of the networks must be computed in: a model runs by plans
+        of all its networks or of none."""
+        own = [stage for stage, network in networks.items() if precision_of(network, "fp16") != "fp16"]
+        precisions = {plan.precision for plan in self.plans} | {precision for _, precision in self.cubins}
+        if not own or precisions <= {"fp32"}:
+            return
+        named = ", ".join(own)
+        self.notes.append(f"{named}: in fp32, whatever the precision of the others; its configuration asks for it")
+        lacking = [p for p in self.plans if p.flavour == "tensorrt_rtx" and _possible(p.sms[0], "fp32") is None]
+        for plan in lacking:
+            self.plans.remove(plan)
+            self.notes.append(
+                f"sm_{plan.sms[0]}: no plans; {named} is for fp32, and TensorRT-RTX has no fp32 matrix products there"
+            )
 
 
 def choose_targets(options: ExportOptions, gpu: tuple[str, int] | None) -> Targets:

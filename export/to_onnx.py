@@ -51,6 +51,9 @@ class ExportOps(PlainOps):
             scores = scores + ((mask.to(scores.dtype) - 1) * _MASKED)[:, None, None, :]
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
+    def upcast(self, x: Tensor) -> Tensor:
+        return x.float()  # the placeholder precision stands for 16 bits, too
+
 
 _MASKED = 3e4  # exp(-3e4) is 0 in every precision, and 3e4 is in the range of each
 
@@ -66,14 +69,32 @@ def network_forward(config: AnyConfig) -> tuple[Forward, dict[str, tuple[int, ..
     return forward, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def minilm_forward(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Forward, dict[str, tuple[int, ...]]]:
-    """The MiniLM encoder as a function of its weights and of token numbers; float32 embeddings."""
-    from pylumiere.networks.text import MiniLMEncoder
+def text_forward(
+    text: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Forward, dict[str, tuple[int, ...]]]:
+    """A text encoder as a function of its weights and of token numbers, and the shapes of the weights; float32
+    embeddings.
 
-    def forward(weights, inputs):
-        encoder = MiniLMEncoder.__new__(MiniLMEncoder)  # the forward pass alone: no files, no tokenizer
-        encoder._weights = weights
-        return encoder._forward(inputs["input_ids"], inputs["attention_mask"].bool()).float()
+    Args:
+        text: "kind", and for "clip" its "config" as JSON values.
+        shapes: of the stored weights.
+    """
+    if text["kind"] == "clip":
+        from pylumiere.networks.text.clip import ClipTextConfig, ClipTextModel
+
+        with torch.device("meta"):
+            model = ClipTextModel(ClipTextConfig.from_json(text["config"])).to(torch.float64).eval()
+
+        def forward(weights, inputs):
+            return torch.func.functional_call(model, dict(weights), (inputs["input_ids"],)).float()
+
+    else:
+        from pylumiere.networks.text import MiniLMEncoder
+
+        def forward(weights, inputs):
+            encoder = MiniLMEncoder.__new__(MiniLMEncoder)  # the forward pass alone: no files, no tokenizer
+            encoder._weights = weights
+            return encoder._forward(inputs["input_ids"], inputs["attention_mask"].bool()).float()
 
     return forward, dict(shapes)
 
@@ -190,11 +211,11 @@ def fix_axes(model, spec: NetworkSpec):
     import onnx_ir as ir
 
     fixed = {name: spec.buckets[0][name] for name in spec.axes
-             if name != "B" and len({bucket[name] for bucket in spec.buckets}) == 1}  # fmt: skip
+             if name not in spec.free and len({bucket[name] for bucket in spec.buckets}) == 1}  # fmt: skip
     ports = {port.name: port for port in (*spec.inputs, spec.output)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name in ports:
-            value.shape = ir.Shape([fixed.get(axis, axis) for axis in ports[value.name].axes])
+            value.shape = ir.Shape(ports[value.name].fixed(fixed).axes)
     return model
 
 
@@ -323,7 +344,7 @@ def example_inputs(spec: NetworkSpec, sizes: dict[str, int], seed: int = 0) -> d
             mask = np.arange(shape[1])[None] < lengths[:, None]
             found[port.name] = mask if port.dtype == "bool" else mask.astype(np.int64)
         elif port.name == "input_ids":
-            found[port.name] = rng.integers(1000, 29000, shape)
+            found[port.name] = rng.integers(0, spec.vocabulary, shape)
         elif port.name == "timesteps":
             found[port.name] = rng.uniform(0, 999, shape).astype(np.float32)
         elif port.name == "noise_level":
@@ -392,4 +413,4 @@ def compare(
     }
 
 
-__all__ = ["TOLERANCE", "compare", "lower", "minilm_forward", "network_forward", "open_session", "save", "trace"]
+__all__ = ["TOLERANCE", "compare", "lower", "network_forward", "open_session", "save", "text_forward", "trace"]

@@ -58,7 +58,7 @@ def _forward(job: dict[str, Any], spec: NetworkSpec):
 
     if spec.stage == "text":
         header, _ = to_onnx.read_safetensors_header(Path(job["weights"]))
-        return to_onnx.minilm_forward({name: tuple(entry["shape"]) for name, entry in header.items()})
+        return to_onnx.text_forward(job["text"], {name: tuple(entry["shape"]) for name, entry in header.items()})
     return to_onnx.network_forward(ModelConfig.from_dict(job["model"]).networks[spec.stage])
 
 
@@ -95,7 +95,7 @@ def _eager(job: dict[str, Any], spec: NetworkSpec, weights: Path):
 
     tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     if spec.stage == "text":
-        forward, _ = to_onnx.minilm_forward({})
+        forward, _ = to_onnx.text_forward(job["text"], {})
         return lambda inputs: forward(tensors, inputs)
     network = build_network(ModelConfig.from_dict(job["model"]).networks[spec.stage], tensors)
     return lambda inputs: network(**inputs)

@@ -399,7 +399,9 @@ class _Listener(TorchDispatchMode):
         recording = self.recording
         if recording._scope is None and not _only_views_or_allocates(function):
             refs = (recording._refs(tuple(args)), recording._refs(dict(kwargs)))
-            recording.add_call(Call(str(function), function, refs, recording._refs(result)))
+            call = Call(str(function), function, refs, recording._refs(result))
+            if _tensor_refs((call.args, call.outputs)):  # else a question about dtypes
+                recording.add_call(call)
         return result
 
 

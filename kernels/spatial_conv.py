@@ -183,6 +183,7 @@ def aot_cases(dtype: torch.dtype) -> list:
 
     return [
         case(7, 320, 128, fused=False),
+        case(4, 4, 64, k=1, fused=False),
         case(64, 64, 64),
         case(64, 64, 64, fold_next=8, fold_prev=8),
         case(320, 320, 128, k=1),

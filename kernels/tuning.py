@@ -52,6 +52,11 @@ def _is_tiny(shape: dict[str, Any]) -> bool:
     return shape["O"] <= 16
 
 
+def _is_thin(shape: dict[str, Any]) -> bool:
+    """Latents to latents: a deep tile would be empty for the most part, and too large for the registers."""
+    return _is_tiny(shape) and shape["C"] <= 16
+
+
 def _is_small(shape: dict[str, Any]) -> bool:
     return shape["pixels"] <= 64
 
@@ -68,6 +73,7 @@ def _is_ragged(shape: dict[str, Any]) -> bool:
 def _tiles(fp32: Config, small: Config, narrow: Config, ragged: Config) -> list[Row]:
     return [
         Row(fp32, _is_fp32),
+        Row(_gemm(128, 16, 16), _is_thin),
         Row(_gemm(128, 16, 64), _is_tiny),
         Row(small, _is_small),
         Row(narrow, _is_narrow),
@@ -81,7 +87,7 @@ _mma_tiles = _tiles(
     fp32=_gemm(64, 32, 16, 4, 2), small=_gemm(64, 128, 64, 8), narrow=_gemm(128, 64, 32), ragged=_gemm(256, 64, 32, 8)
 )
 _wgmma_tiles = _tiles(
-    fp32=_gemm(64, 32, 16, 8, 2), small=_gemm(64, 128, 64), narrow=_gemm(128, 64, 64, 8),
+    fp32=_gemm(64, 32, 16, 8, 3), small=_gemm(64, 128, 64), narrow=_gemm(128, 64, 64, 8, 4),
     ragged=_gemm(256, 64, 32, 8, 4),
 )  # fmt: skip
 _conv = {
@@ -159,6 +165,19 @@ _tiles = [  # whole tiles where the channels allow
 ]
 TABLE["temporal_shift"] = {0: [Row(Config({"BLOCK_S": 4, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
 TABLE["groupnorm_silu"] = {0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 16}, 1, 1))], 75: _tiles}
+TABLE["geglu"] = {
+    0: [Row(Config({"BLOCK_S": 8, "BLOCK_C": 32}, 1, 1))],
+    75: [Row(Config({"BLOCK_S": 16, "BLOCK_C": 128}, 4, 1))],
+}
+TABLE["layer_norm"] = {  # whole tokens: BLOCK_C is C, rounded up
+    0: [Row(Config({"BLOCK_S": 4}, 1, 1))],
+    75: [
+        Row(Config({"BLOCK_S": 8}, 4, 1), lambda shape: shape["C"] <= 512),
+        Row(Config({"BLOCK_S": 4}, 4, 1), lambda shape: shape["C"] <= 1024),
+        Row(Config({"BLOCK_S": 2}, 4, 1), lambda shape: shape["C"] <= 2048),
+        Row(Config({"BLOCK_S": 1}, 8, 1)),
+    ],
+}
 
 
 def _fills(block: int) -> Callable[[dict[str, Any]], bool]:

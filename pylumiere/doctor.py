@@ -20,7 +20,6 @@ from typing import Any
 _PACKAGES = (
     "torch", "triton", "av", "cupy-cuda13x", "cupy-cuda12x", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx",
     "tensorrt",
-    "tensorrt",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import pylumiere
+from pylumiere.arrays import as_array, is_image, rgb
 from pylumiere.backends import Choice
 from pylumiere.checkpoints.adapters import Adapter, AdapterChoice, find_style, read_style, style_names
 from pylumiere.checkpoints.lora import find_lora, read_lora
@@ -37,7 +38,7 @@ from pylumiere.diffusion.plan import (
 )
 from pylumiere.diffusion.stages import Feed, Pipeline
 from pylumiere.diffusion.windows import memory_bytes
-from pylumiere.errors import InvalidRequest
+from pylumiere.errors import InvalidRequest, one_line
 from pylumiere.loading import load_model, make_backend
 from pylumiere.media.video import Video
 from pylumiere.networks.families import expected_shapes
@@ -212,8 +213,8 @@ class Engine:
         """Runs the super-resolution stage alone, over a video of any length, in memory that does not grow with it.
 
         Args:
-            frames: frames [H, W, 3] or pieces [n, H, W, 3], uint8 or float in 0..1; read as they are needed. Any size:
-                it is padded to what the network divides and cropped again.
+            frames: frames [H, W, 3] or pieces [n, H, W, 3], uint8 or float in 0..1, numpy's or torch's, or Pillow
+                images; read as they are needed. Any size: it is padded to what the network divides and cropped again.
             fps: for the result; the model's own if None.
             num_frames: if it is known. A window of frames is held back where it is not, because the place of the last
                 window depends on the end.
@@ -488,7 +489,7 @@ class Engine:
 
     def _queue(self, request, order, metadata, timeout=None, buffer_frames=None) -> Job:
         for stage in order.stages:
-            self._backend.check(stage.name, (1, stage.windows.call_frames, *stage.input_shape))
+            self._backend.check(stage.name, (1, *stage.call_sizes[1:], stage.input_shape[2]))
         job = Job(self._scheduler, request, order, metadata, buffer_frames=buffer_frames, timeout=timeout,
                   keep_alive=self)  # fmt: skip
         self._scheduler.submit(job, self._need(order, request, buffer_frames))
@@ -604,7 +605,10 @@ def _checked_frames(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Single frames, float32 in -1..1, of one size."""
     size, index = None, 0
     for piece in frames:
-        piece = np.asarray(piece)
+        try:
+            piece = rgb(piece) if is_image(piece) else as_array(piece)
+        except Exception as error:  # Pillow raises many kinds
+            raise InvalidRequest(f"frame {index} cannot be read: {one_line(error)}") from error
         if piece.ndim not in (3, 4) or piece.shape[-1] != 3 or 0 in piece.shape[-3:]:
             raise InvalidRequest(f"frame {index} has shape {list(piece.shape)}; [H, W, 3] or [n, H, W, 3] is expected")
         for frame in piece if piece.ndim == 4 else piece[None]:

@@ -1,14 +1,20 @@
-"""What a bundle holds, what would run where and why; and whether its graphs compute what its weights say."""
+"""What a model folder holds and needs; what a bundle holds, what would run where and why, and whether its graphs
+compute what its weights say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from pylumiere.backends.artefacts import Machine, imagined_machine, select, this_machine
 from pylumiere.checkpoints.bundle import Artefact, Bundle, open_bundle
-from pylumiere.errors import IntegrityError, UnsupportedDevice
+from pylumiere.checkpoints.diffusers import is_diffusers_folder, list_components
+from pylumiere.checkpoints.native import find_model
+from pylumiere.errors import BundleError, IntegrityError, UnsupportedDevice
+from pylumiere.loading import clip_config, clip_encoder, read_model_config
+from pylumiere.request import GenerationRequest
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +98,109 @@ def inspect_tables(report: Mapping[str, Any]) -> Iterator[Any]:
     machine = report["machine"]
     where = machine["name"] + (f" (sm_{machine['sm']})" if machine["sm"] else "")
     yield escape(f"on {where}: {report['reason']}")
+
+
+def describe_model(source: str | PathLike, backend: str = "auto", precision: str = "auto") -> dict[str, Any]:
+    """What a model folder holds, and what runs one clip of its own size here with how much memory, as JSON values.
+
+    No weights are read. Bytes of memory are those of the networks' weights and of the largest call; text encoder,
+    libraries and frames that wait are not in them.
+
+    Args:
+        source: a shipped name, a model folder, or a folder as diffusers saves it.
+
+    Returns:
+        Of a folder as diffusers saves it also its `components`, and as `problem` what keeps it from being run. There is
+        nothing beside them where its configuration is not supported.
+
+    Raises:
+        BundleError: no such model, or its configuration cannot be read.
+        UnsupportedDevice: the backend or the precision cannot be had here.
+    """
+    from pylumiere.backends.choice import choose
+    from pylumiere.diffusion.plan import plan_request
+    from pylumiere.networks.families import computing_dtype, expected_shapes
+    from pylumiere.scheduling.memory import activation_bytes
+
+    folder = find_model(source)
+    report: dict[str, Any] = {"model": folder.resolve().name, "folder": str(folder), "problem": None}
+    if is_diffusers_folder(folder):
+        components = report["components"] = list_components(folder)
+        problems = (f"{name}: {entry['problem']}" for name, entry in components.items() if entry["problem"])
+        report["problem"] = next(problems, None)
+    try:
+        config = read_model_config(source, check_hashes=False)
+    except BundleError as error:
+        if "components" not in report:
+            raise
+        return {**report, "problem": str(error)}
+    choice = choose(backend, "auto", precision)
+    plan = plan_request(GenerationRequest(prompt="a clip"), config)
+    stages, weights, largest = [], 0, 0
+    for stage in plan.stages:
+        parameters = sum(math.prod(shape) for shape in expected_shapes(stage.network).values())
+        rows, frames, height, width = stage.call_sizes
+        activations = activation_bytes(stage.network, rows, frames, height, width, choice.dtype, config.text_tokens)
+        weights += parameters * computing_dtype(stage.network, choice.dtype).itemsize
+        largest = max(largest, activations)
+        stages.append({
+            "name": stage.name, "family": stage.network.family, "parameters": parameters,
+            "call": {"rows": rows, "frames": frames, "height": height, "width": width, "activation_bytes": activations},
+            "calls": stage.num_calls,
+        })  # fmt: skip
+    return {
+        **report,
+        "model": config.name,
+        "num_frames": plan.num_frames, "height": plan.height, "width": plan.width, "fps": config.fps,
+        "sampler": plan.sampler, "num_inference_steps": plan.num_inference_steps,
+        "guidance_scale": plan.guidance_scale,
+        "stages": stages,
+        "text_encoder": {"name": config.text_encoder, "tokens": config.text_tokens,
+                         "width": config.first.network.text_dim},
+        "backend": choice.backend, "precision": choice.precision, "reason": choice.reason,
+        "memory": {"weights": weights, "activations": largest, "total": weights + largest},
+    }  # fmt: skip
+
+
+def model_tables(report: Mapping[str, Any]) -> Iterator[Any]:
+    """What `describe_model` found, as rich tables and lines."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if "stages" in report:
+        text, memory = report["text_encoder"], report["memory"]
+        yield escape(
+            f"{report['folder']}: model {report['model']}; frames: {report['num_frames']} of {report['width']} x "
+            f"{report['height']} at {report['fps']} fps; {report['num_inference_steps']} steps of {report['sampler']}, "
+            f"guidance {report['guidance_scale']:g}; text by {text['name']}, {text['tokens']} tokens"
+        )
+        table = Table(box=None, pad_edge=False)
+        for title in ("stage", "family", "parameters", "calls", "of", "activations"):
+            table.add_column(title, justify="left" if title in ("stage", "family", "of") else "right")
+        for stage in report["stages"]:
+            call = stage["call"]
+            sizes = f"{call['rows']} x {call['frames']} x {call['width']} x {call['height']}"
+            table.add_row(
+                stage["name"], stage["family"], f"{stage['parameters'] / 1e6:.1f} M", str(stage["calls"]), sizes,
+                _megabytes(call["activation_bytes"]),
+            )  # fmt: skip
+        yield table
+        yield escape(
+            f"one clip in {report['precision']}: {_megabytes(memory['weights'])} of weights and "
+            f"{_megabytes(memory['activations'])} of activations"
+        )
+        yield escape(f"here: {report['reason']}")
+    if "components" in report:
+        table = Table(box=None, pad_edge=False)
+        for title in ("component", "class", "weights", "here"):
+            table.add_column(title, overflow="fold", justify="right" if title == "weights" else "left")
+        for name, entry in report["components"].items():
+            size = "" if entry["bytes"] is None else _megabytes(entry["bytes"])
+            here = entry["problem"] or ("used" if entry["is_used"] else "not used")
+            table.add_row(escape(name), escape(entry["class"] or "missing"), size, escape(here))
+        yield table
+    if report["problem"] is not None:
+        yield escape(f"cannot be run: {report['problem']}")
 
 
 def verify(path: str | PathLike, trusted_key: Any = None, *, full: bool = False) -> dict[str, Any]:
@@ -224,10 +333,13 @@ def _eager(bundle: Bundle, artefact: Artefact):
     from pylumiere.checkpoints.native import read_weights
     from pylumiere.networks.families import build_network
 
+    text = bundle.manifest.text
+    if artefact.stage == "text" and text.kind == "clip":
+        model = clip_encoder(bundle).model
+        return lambda input_ids, **mask: model(input_ids)  # it attends to all
     if artefact.stage == "text":
         from pylumiere.networks.text import MiniLMEncoder
 
-        text = bundle.manifest.text
         encoder = MiniLMEncoder(bundle.config.text_tokens, bundle.read(text.tokenizer), bundle.read(text.weights))
         return lambda input_ids, attention_mask: encoder._forward(input_ids, attention_mask.bool())
     config = bundle.config.networks[artefact.stage]
@@ -251,7 +363,8 @@ def _operand(bundle: Bundle, name: str, dtype: torch.dtype, shape: tuple[int, ..
             kept[:, shape[1] // 2 + 1 :] = False
         return kept.to(dtype)
     if name == "input_ids":
-        return torch.randint(0, 1000, shape, generator=generator).to(dtype)
+        known = clip_config(bundle).vocab_size if bundle.manifest.text.kind == "clip" else 1000
+        return torch.randint(0, known, shape, generator=generator).to(dtype)
     if name == "timesteps":
         last = bundle.config.first.schedule.num_train_timesteps
         return (torch.rand(shape, generator=generator) * last).to(dtype)

@@ -17,6 +17,7 @@ from pylumiere.backends.choice import Choice, choose
 from pylumiere.checkpoints.bundle import Bundle, is_bundle, open_bundle
 from pylumiere.checkpoints.diffusers import DiffusersFolder, is_diffusers_folder, read_diffusers_folder
 from pylumiere.checkpoints.native import (
+    MAX_CONFIG_BYTES,
     SHIPPED,
     Checkpoint,
     find_model,
@@ -25,8 +26,9 @@ from pylumiere.checkpoints.native import (
     read_weights,
 )
 from pylumiere.config import ModelConfig, TemporalShiftConfig
-from pylumiere.errors import BundleError, InvalidRequest
+from pylumiere.errors import BundleError, InvalidRequest, one_line
 from pylumiere.networks.text import HashEncoder, MiniLMEncoder, TextEncoder
+from pylumiere.networks.text.clip import ClipTextConfig, ClipTextEncoder
 
 if TYPE_CHECKING:
     from pylumiere.backends.torch import TorchBackend
@@ -87,10 +89,53 @@ class BundleModel:
             return OnnxTextEncoder(self.bundle, self.selection.artefacts["text"])
         if text.kind == "minilm" and text.weights is not None:
             return MiniLMEncoder(length, self.bundle.read(text.tokenizer), self.bundle.read(text.weights))
+        if text.kind == "clip" and text.weights is not None:
+            return clip_encoder(self.bundle)
         raise BundleError(
             f"{self.folder}: its {text.kind} text encoder is an ONNX graph; install ONNX Runtime "
             "(pip install onnxruntime)"
         )
+
+
+def clip_config(bundle: Bundle) -> ClipTextConfig:
+    """The configuration of a bundle's CLIP.
+
+    Raises:
+        BundleError: it is malformed, or not what the manifest says.
+    """
+    text, length = bundle.manifest.text, bundle.config.text_tokens
+    if (size := bundle.manifest.files[text.config].size) > MAX_CONFIG_BYTES:
+        raise BundleError(f"{bundle.path}: {text.config} has {size} bytes; at most {MAX_CONFIG_BYTES} are read")
+    raw = bundle.read(text.config)
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle.path}: {text.config}: {one_line(error)}") from None
+    config = ClipTextConfig.from_json(fields)
+    if (config.hidden_size, config.max_position_embeddings) != (text.width, length):
+        raise BundleError(
+            f"{bundle.path}: {text.config} is of {config.max_position_embeddings} tokens of width "
+            f"{config.hidden_size}; the manifest says {length} of width {text.width}"
+        )
+    return config
+
+
+def clip_encoder(bundle: Bundle) -> ClipTextEncoder:
+    """CLIP from the parts in a bundle.
+
+    Raises:
+        BundleError: a part that is malformed, or does not fit the others.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    text, config = bundle.manifest.text, clip_config(bundle)
+    stored = bundle.read(text.weights)
+    try:
+        weights = load(stored)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"{bundle.path}: {text.weights} is no safetensors file: {one_line(error)}") from None
+    return ClipTextEncoder(config, {"tokenizer.json": bundle.read(text.tokenizer)}, weights)
 
 
 Model = Checkpoint | DiffusersFolder | BundleModel
@@ -135,13 +180,14 @@ def load_model(
 
 
 def read_model_config(
-    source: str | PathLike, trusted_key: Any = None, temporal_shift: Any = None
+    source: str | PathLike, trusted_key: Any = None, temporal_shift: Any = None, *, check_hashes: bool = True
 ) -> ModelConfig:
-    """What a model is, without its weights. Arguments and errors are those of `load_model`."""
+    """What a model is, without its weights. Arguments and errors are those of `load_model`; the hashes of a bundle's
+    files may be left to who reads them."""
     if str(source) not in SHIPPED and is_diffusers_folder(source):
         return read_diffusers_folder(source, temporal_shift=shift_config(temporal_shift)).config
     if str(source) not in SHIPPED and is_bundle(source):
-        return open_bundle(source, trusted_key).config
+        return open_bundle(source, trusted_key, check_hashes=check_hashes).config
     return read_config(find_model(source))
 
 

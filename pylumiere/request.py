@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pylumiere.errors import InvalidRequest
+from pylumiere.arrays import as_array, frames, is_image, moves, rgb
+from pylumiere.errors import InvalidRequest, one_line
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_FRAMES = 1_000_000
@@ -51,7 +53,10 @@ class Progress:
 
 
 class GenerationRequest(BaseModel):
-    """One clip to make. Frozen; a field left at None takes the model's default.
+    """One clip to make. Frozen; a field left at None takes the model's default. It can be copied and pickled.
+
+    Pictures, clips and masks are numpy's or torch's arrays of any device, or Pillow images, which mean what their files
+    mean; see `pylumiere.arrays`.
 
     Attributes:
         prompt: what to show; not empty.
@@ -134,6 +139,27 @@ class GenerationRequest(BaseModel):
         except ValidationError as error:
             raise InvalidRequest(_one_line(error, cls)) from None
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> GenerationRequest:
+        """Shares the arrays, which are read-only."""
+        return self.__copy__()
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if self.callback_on_step_end is not None:
+            raise InvalidRequest("callback_on_step_end cannot be pickled; leave it out: "
+                                 "request.model_copy(update={'callback_on_step_end': None})")  # fmt: skip
+        state = super().__getstate__()
+        values = {name: dict(value) if isinstance(value, MappingProxyType) else value
+                  for name, value in state["__dict__"].items()}  # fmt: skip
+        return {**state, "__dict__": values}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        values = {name: MappingProxyType(value) if isinstance(value, dict) else value
+                  for name, value in state["__dict__"].items()}  # fmt: skip
+        for value in [*values.values(), *(values["keyframes"] or {}).values()]:
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)  # a pickle forgets it
+        super().__setstate__({**state, "__dict__": values})
+
     @field_validator(
         "num_frames", "height", "width", "num_inference_steps", "seed", "window_frames", "window_overlap", mode="before"
     )
@@ -165,7 +191,7 @@ class GenerationRequest(BaseModel):
     @field_validator("image")
     @classmethod
     def _image(cls, value: Any) -> Any:
-        return None if value is None else _pixels(value, "[H, W, 3]", 3, channels=3)
+        return None if value is None else _pixels(value, "[H, W, 3]", (3,), channels=3)
 
     @field_validator("keyframes")
     @classmethod
@@ -179,7 +205,7 @@ class GenerationRequest(BaseModel):
             number = cls._integer(index)
             if abs(number) > MAX_FRAMES:
                 raise ValueError(f"frame {number} is not in -{MAX_FRAMES}..{MAX_FRAMES}")
-            keyframes[number] = _pixels(pixels, "[H, W, 3]", 3, channels=3)
+            keyframes[number] = _pixels(pixels, "[H, W, 3]", (3,), channels=3)
         return MappingProxyType(keyframes)
 
     @field_validator("expand")
@@ -219,7 +245,7 @@ class GenerationRequest(BaseModel):
             return None
         if not (hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
             raise ValueError(f"should be an array [T, h, w, C], not {type(value).__name__}")
-        array = np.asarray(value)
+        array = as_array(value)
         if array.ndim != 4 or 0 in array.shape or array.nbytes > MAX_INPUT_BYTES:
             raise ValueError(f"should have shape [T, h, w, C], not {list(array.shape)}")
         if array.dtype not in (np.float16, np.float32, np.float64):
@@ -233,15 +259,14 @@ class GenerationRequest(BaseModel):
     @field_validator("video")
     @classmethod
     def _video(cls, value: Any) -> Any:
-        return None if value is None else _pixels(value, "[T, H, W, 3]", 4, channels=3)
+        return None if value is None else _pixels(value, "[T, H, W, 3]", (4,), channels=3)
 
     @field_validator("mask")
     @classmethod
     def _mask(cls, value: Any) -> Any:
         if value is None:
             return None
-        ndim = 3 if np.ndim(value) == 3 else 2
-        mask = _pixels(value, "[H, W] or [T, H, W]", ndim, channels=None)
+        mask = _pixels(value, "[H, W] or [T, H, W]", (2, 3), channels=None)
         if not mask.any():
             raise ValueError("is black all over: nothing would be made anew")
         if mask.min() == (255 if mask.dtype == np.uint8 else 1):
@@ -298,15 +323,16 @@ def _lora_entry(entry: Any) -> tuple[str, float]:
     raise ValueError(f'should be "FILE" or "FILE:STRENGTH", not {type(entry).__name__}')
 
 
-def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndarray:
+def _pixels(value: Any, layout: str, ndims: tuple[int, ...], channels: int | None) -> np.ndarray:
     """A read-only copy: uint8, or float32 in 0..1 (from any float, or bool). numpy, torch and PIL are taken."""
-    if hasattr(value, "convert") and hasattr(value, "mode"):  # a PIL image; PIL itself is not imported here
-        value = value.convert("RGB" if channels else "L")
+    if is_image(value):
+        value = _image_pixels(value, clip=3 + bool(channels) in ndims)
+        value = value if channels else value[..., 1] >= 128  # as a mask from a file
     is_array = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
     if isinstance(value, (str, bytes)) or not is_array:
         raise ValueError(f"should be an array {layout}, not {type(value).__name__}")
-    array = np.asarray(value)
-    if array.ndim != ndim or 0 in array.shape or (channels is not None and array.shape[-1] != channels):
+    array = as_array(value)
+    if array.ndim not in ndims or 0 in array.shape or (channels is not None and array.shape[-1] != channels):
         raise ValueError(f"should have shape {layout}, not {list(array.shape)}")
     sides = array.shape[-3:-1] if channels else array.shape[-2:]
     if min(sides) < MIN_SIDE:
@@ -323,6 +349,22 @@ def _pixels(value: Any, layout: str, ndim: int, channels: int | None) -> np.ndar
         raise ValueError(f"dtype {array.dtype} should be uint8 (0..255) or float (0..1)")
     array.setflags(write=False)
     return array
+
+
+def _image_pixels(image: Any, clip: bool) -> np.ndarray:
+    """[H, W, 3] uint8 of a Pillow image; [T, H, W, 3] of one that moves, where a clip is taken."""
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"image of {image.width} x {image.height} is too large: at most {MAX_SIDE} a side")
+    most = MAX_INPUT_BYTES // (3 * image.width * image.height)
+    try:
+        if not (clip and moves(image)):
+            return rgb(image)
+        pixels = list(islice(frames(image), most + 1))
+    except Exception as error:  # of many kinds, where its file is damaged
+        raise ValueError(f"image cannot be read: {one_line(error)}") from error
+    if len(pixels) > most:
+        raise ValueError(f"image has more than {most} frames of {image.width} x {image.height}; make it shorter")
+    return np.stack(pixels)
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import diffusers
 import pytest
 import torch
 from support.latent import latent_config
 from support.testing import write_random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from pylumiere.bench.plan import CHIPS, doubling, find_chips, plan_clip, plan_network, to_rows
+from pylumiere.bench.plan import CHIPS, doubling, find_chips, find_config, plan_clip, plan_network, to_rows
+from pylumiere.checkpoints.scheduler_config import schedule_from_diffusers
 from pylumiere.errors import InvalidRequest
+from pylumiere.networks.families import build_network, family_of
 from pylumiere.networks.stunet import STUNet
 from pylumiere.networks.stunet.presets import stage_preset
 
@@ -34,6 +39,67 @@ def test_flops_agree_with_pytorchs_counter(stage):
     assert 0.6 <= rest / (sum(counted.values()) - counted["aten.convolution"]) <= 1
 
 
+# diffusers' networks of the public layouts; what is not said is its default.
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+BETAS = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
+}  # fmt: skip
+SCHEDULERS = {
+    "sd-1.5": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **BETAS},
+    "sd-2.1": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **BETAS},
+}
+UNETS = {
+    "sd-1.5": {"cross_attention_dim": 768},
+    "sd-2.1": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+}
+
+
+def counted_flops(network, *operands, **named):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(*operands, **named)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("model", "size"), [("sd-1.5", 512), ("sd-2.1", 768)])
+def test_flops_of_public_layouts_are_those_of_diffusers(model, size):
+    unet, decoder = plan_clip(model, frames=1, size=size).stages
+    with torch.device("meta"):
+        network, autoencoder = diffusers.UNet2DConditionModel(**UNETS[model]), diffusers.AutoencoderKL(**AUTOENCODER)
+        latents, text = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 77, UNETS[model]["cross_attention_dim"])
+        flops = counted_flops(network, latents, torch.ones(2), text)
+        assert unet.network.total.flops == pytest.approx(flops, rel=0.01)
+        flops = counted_flops(autoencoder.decode, latents[:1])
+        assert decoder.network.total.flops == pytest.approx(flops, rel=0.01)
+    for mine, theirs in ((unet, network), (decoder, autoencoder)):
+        assert mine.network.parameters == sum(parameter.numel() for parameter in theirs.parameters())
+    assert (unet.calls, unet.rows, decoder.calls, decoder.rows) == (50, 2, 1, 1)
+
+
+def test_flops_of_sixteen_frames_agree_with_pytorchs_counter():
+    """Here texts are read once for all frames of a clip; diffusers' network would be given each 16 times."""
+    stages = plan_clip("sd-1.5", frames=16, size=256).stages
+    assert [(stage.calls, stage.rows) for stage in stages] == [(50, 2), (2, 8)]
+    sizes = {"unet": {"B": 2, "T": 16, "H": 32, "W": 32}, "decoder": {"B": 1, "T": 8, "H": 32, "W": 32}}
+    for stage, network in zip(stages, find_config("sd-1.5").networks.values(), strict=True):
+        operands = family_of(network).ports(network, 77).operands(sizes[stage.name])
+        flops = counted_flops(build_network(network), **operands)
+        assert stage.network.total.flops == pytest.approx(flops, rel=0.01)
+
+
+def test_public_layouts_are_what_their_folders_say():
+    for name, scheduler in SCHEDULERS.items():
+        stage = find_config(name).first
+        schedule, sampler = schedule_from_diffusers(scheduler)
+        assert stage.schedule.betas == schedule.betas and stage.sampling.sampler == sampler
+        assert stage.schedule == dataclasses.replace(schedule, beta_start=None, beta_end=None)
+    assert find_config("sd-2.1").size == (768, 768) and find_config("sd-1.5").size == (512, 512)
+    assert find_config("sd-2.1").first.network.upcast_attention
+
+
 def test_parameters_are_those_of_the_shipped_networks():
     base, ssr = plan_clip("demo").stages
     assert round(base.network.parameters / 1e6, 2) == 8.67 and round(ssr.network.parameters / 1e6, 2) == 3.99
@@ -42,10 +108,13 @@ def test_parameters_are_those_of_the_shipped_networks():
 
 
 def test_a_decoder_is_a_stage_whose_calls_are_groups_of_frames(tmp_path):
-    unet, decoder = plan_clip(str(write_random_model(tmp_path / "latent", latent_config())), frames=6).stages
+    folder = str(write_random_model(tmp_path / "latent", latent_config()))
+    unet, decoder = plan_clip(folder, frames=6).stages
     assert (unet.name, unet.calls, unet.rows) == ("unet", 3 * 2, 2), "two windows of 4 frames"
     assert (decoder.name, decoder.calls, decoder.rows) == ("decoder", 3, 2)
     assert decoder.network.weight_bytes == 4 * decoder.network.parameters, "it is computed in float32"
+    tiled = plan_clip(folder, frames=6, size=32).stages[1]
+    assert tiled.calls == 3 * 4 and tiled.network == decoder.network, "tiles of 8 x 8 latents, 2 a side"
 
 
 def test_longer_clips_are_counted_in_the_windows_of_the_engine():

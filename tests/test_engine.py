@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.testing import write_random_model
 
 import pylumiere
@@ -356,6 +357,15 @@ def test_upscale_gives_one_result_for_every_kind_of_input(engine):
         assert np.array_equal(engine.upscale(frames).collect().frames, expected.frames)
     assert not np.array_equal(engine.upscale(LOW, seed=1).collect().frames, expected.frames)
     assert not np.array_equal(engine.upscale(LOW, loop=True, num_frames=11).collect().frames, expected.frames)
+
+
+def test_upscale_takes_tensors_and_pillow_images(engine):
+    expected = engine.upscale(LOW[:5], num_frames=5).collect().frames
+    for frames in (torch.from_numpy(LOW[:5]), [Image.fromarray(frame) for frame in LOW[:5]]):
+        assert np.array_equal(engine.upscale(frames, num_frames=5).collect().frames, expected)
+    shades = torch.linspace(0, 1, 5 * 16 * 16 * 3).reshape(5, 16, 16, 3).bfloat16()
+    expected = engine.upscale(shades.float().numpy()).collect().frames
+    assert np.array_equal(engine.upscale(shades.requires_grad_()).collect().frames, expected)
 
 
 def test_upscale_reads_no_further_than_it_must(engine):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+from pathlib import Path
 
 import pytest
 import typer
-from support.testing import write_random_model
 
 import pylumiere
 from pylumiere import errors
@@ -101,7 +101,7 @@ VERBS = {
     "--style-strength --loop --window --overlap --stream --sheet --json",
     "upscale": "source -o --output --model --backend --device --precision --key --steps --seed --fps --window "
     "--overlap --loop --sheet --json",
-    "doctor": "--json",
+    "doctor": "model --json",
     "serve": "--model --host --port --data --api-keys --alias --backend --device --precision --key --memory-budget "
     "--concurrency --queue-limit --max-body --max-pixels --max-decoded --max-frames --deadline --keep-for --keep-size",
     "serve-key": "name --file --jobs --requests-per-minute",
@@ -118,10 +118,12 @@ VERBS = {
 EXTRAS = "export tensorrt gpu serve ray bench dev"
 
 
+MODEL = Path(__file__).resolve().parent / "data" / "old" / "tiny.plm"
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = write_random_model(tmp_path_factory.mktemp("models") / "tiny")
-    with pylumiere.Engine.load(folder, device="cpu") as engine:
+def engine():
+    with pylumiere.Engine.load(MODEL, backend="torch", device="cpu") as engine:
         yield engine
 
 
@@ -163,9 +165,9 @@ def test_no_method_loses_a_parameter(owner, name):
 
 
 @pytest.mark.parametrize("limit", LIMITS.split())
-def test_no_limit_of_load_is_lost(engine, limit):
+def test_no_limit_of_load_is_lost(limit):
     with pytest.raises(pylumiere.InvalidRequest, match=f"{limit}=-1"):
-        pylumiere.Engine.load(engine.info()["folder"], device="cpu", **{limit: -1})
+        pylumiere.Engine.load(MODEL, device="cpu", **{limit: -1})
 
 
 def test_no_field_of_a_request_is_lost():
@@ -202,7 +204,7 @@ def verbs(command, path=()):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_option_of_the_command_line_is_lost(verb):
-    from pylumiere.cli import app
+    from pylumiere.cli.app import app
 
     command = verbs(typer.main.get_command(app))[verb]
     arguments = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]

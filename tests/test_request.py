@@ -51,7 +51,7 @@ def test_defaults_are_left_to_the_model():
         ("loop", 1, "valid boolean"),
         ("window_frames", 0, "greater than or equal to 1"),
         ("window_overlap", -1, "greater than or equal to 0"),
-        ("output_type", "latent", "'uint8' or 'float'"),
+        ("output_type", "png", "'uint8', 'float' or 'latent'"),
         ("callback_on_step_end", 3, "callable"),
     ],
 )

@@ -24,6 +24,7 @@ from pylumiere.backends.choice import (
     check_backend,
     find_device,
     find_precision,
+    precision_of,
     triton_missing,
 )
 from pylumiere.checkpoints.bundle import Artefact, Manifest, ShapeRange
@@ -170,7 +171,8 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
         reason = _reason(name, chosen, machine, backend == "auto", passed)
         for artefact in manifest.artefacts:
             if artefact not in chosen.values() and artefact.name not in passed:
-                passed[artefact.name] = refusal(artefact, machine, precision) or _not_needed(artefact, name, chosen)
+                wished = _wish(manifest, artefact.stage, precision)
+                passed[artefact.name] = refusal(artefact, machine, wished) or _not_needed(artefact, name, chosen)
         return Selection(name, found, chosen, reason, passed)
     details = "; ".join(f"{name}: {why}" for name, why in passed.items())
     asked = "no backend" if backend == "auto" else f"backend {backend!r}"
@@ -184,27 +186,36 @@ def select(manifest: Manifest, machine: Machine, backend: str = "auto", precisio
 def _best(
     manifest: Manifest, machine: Machine, backend: str, stages: list[str], precision: str, passed: dict[str, str]
 ) -> dict[str, Artefact] | None:
-    """The best artefact of each stage, all in one precision; None, with the reason in `passed`."""
+    """The best artefact of each stage, all in one precision, or in what a stage has instead of it; None, with the
+    reason in `passed`."""
     fitting: dict[tuple[str, str], list[Artefact]] = {}
     refused: dict[str, str] = {}
     for artefact in manifest.artefacts:
         if artefact.backend != backend or artefact.stage not in stages:
             continue
-        why = refusal(artefact, machine, precision)
+        why = refusal(artefact, machine, _wish(manifest, artefact.stage, precision))
         if why is None:
             fitting.setdefault((artefact.precision, artefact.stage), []).append(artefact)
         else:
             refused[artefact.name] = why
     passed.update(refused)
-    complete = [p for p in _preference(machine) if all((p, stage) in fitting for stage in stages)]
+    networks = manifest.config.networks
+    needed = {p: {stage: (precision_of(networks[stage], p), stage) for stage in stages} for p in _preference(machine)}
+    complete = [p for p, keys in needed.items() if all(key in fitting for key in keys.values())]
     if not complete:
         nothing = "the bundle has none of its artefacts"
         partly = "its artefacts do not cover every stage in one precision"
         passed[backend] = partly if fitting else "; ".join(f"{n}: {why}" for n, why in refused.items()) or nothing
         return None
-    best = {p: {stage: min(fitting[p, stage], key=_distance) for stage in stages} for p in complete}
+    best = {p: {stage: min(fitting[key], key=_distance) for stage, key in needed[p].items()} for p in complete}
     # The nearest target first; the precision decides among equals.
     return min(best.values(), key=lambda found: max(_distance(artefact) for artefact in found.values()))
+
+
+def _wish(manifest: Manifest, stage: str, precision: str) -> str:
+    """What a wish for a precision asks of a stage."""
+    network = manifest.config.networks.get(stage)
+    return precision if precision == "auto" or network is None else precision_of(network, precision)
 
 
 def _preference(machine: Machine) -> tuple[str, ...]:

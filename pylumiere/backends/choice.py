@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 
 from pylumiere.errors import UnsupportedDevice
+from pylumiere.networks.families import AnyConfig, computing_dtype
 
 BACKENDS = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
 ARTEFACT_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # run what an exporter made, from a bundle only
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def find_precision(name: str, device: torch.device, reasons: list[str]) -> str:
     if name == "fp16":
         raise UnsupportedDevice("precision 'fp16' cannot run on the CPU; use precision='bf16' or 'fp32'")
     return name
+
+
+def precision_of(network: AnyConfig, precision: str) -> str:
+    """`computing_dtype` by names of precisions."""
+    return _NAMES[computing_dtype(network, PRECISIONS[precision])]
 
 
 def bf16_units() -> str | None:

@@ -143,20 +143,22 @@ class OnnxTextEncoder:
     def __init__(self, bundle: Bundle, artefact: Artefact):
         text = bundle.manifest.text
         self.name, self.width, self.max_length = text.kind, text.width, bundle.config.text_tokens
-        self._tokenizer = load_tokenizer(bundle.read(text.tokenizer), self.max_length, text.pad_token)
+        self._tokenizer = load_tokenizer(bundle.read(text.tokenizer), self.max_length)
         self._graph = Graph(bundle, artefact, torch.device("cpu"))
         self._num_threads = torch.get_num_threads()
         self._graph.session(self._num_threads)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """[N, L, D] float32 and [N, L] bool."""
+        """See `TextEncoder.encode`."""
         tokens = [encode_ids(self._tokenizer, prompt, self.max_length) for prompt in prompts]
         rows = [self.encode_tokens(torch.tensor([ids]), torch.tensor([mask])) for ids, mask in tokens]
-        return torch.cat(rows), torch.tensor([mask for _, mask in tokens]).bool()
+        mask = torch.tensor([mask for _, mask in tokens]).bool()
+        return torch.cat(rows), torch.ones_like(mask) if self.name == "clip" else mask
 
     def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [1, L, D] of one prompt's numbers and mask [1, L], int64."""
-        given = {"input_ids": ids, "attention_mask": mask}
+        """Embeddings [1, L, D] of one prompt's numbers and mask [1, L], int64; the graph gets what it asks for."""
+        specs = {spec.name: spec for spec in self._graph.artefact.inputs}
+        given = {n: t for n, t in {"input_ids": ids, "attention_mask": mask}.items() if n in specs}
         cut(self._graph.artefact, {name: tensor.shape for name, tensor in given.items()})
-        given = {s.name: given[s.name].to(DTYPES[s.dtype]).contiguous() for s in self._graph.artefact.inputs}
+        given = {name: tensor.to(DTYPES[specs[name].dtype]).contiguous() for name, tensor in given.items()}
         return self._graph.run(given, (1, ids.shape[1], self.width), self._num_threads)

@@ -18,7 +18,7 @@ from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.checkpoints.adapters import AdapterChoice, fingerprint
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import DECODER
-from pylumiere.networks.families import AnyConfig, build_network
+from pylumiere.networks.families import AnyConfig, build_network, computing_dtype
 from pylumiere.networks.ops import PlainOps
 
 STYLED_NETWORKS = 4  # kept; each holds the weights that its style changes
@@ -58,7 +58,7 @@ class TorchBackend:
         return CpuOps() if self.device.type == "cpu" else PlainOps()
 
     def _prepare(self, config: AnyConfig, weights: Mapping[str, Tensor]) -> nn.Module:
-        dtype = torch.float32 if getattr(config, "force_upcast", False) else self.dtype
+        dtype = computing_dtype(config, self.dtype)
         prepared = {name: channels_last(tensor.to(self.device, dtype)) for name, tensor in weights.items()}
         network = build_network(config, prepared)
         network.ops = self._ops()

@@ -1,21 +1,32 @@
-"""STUNet operations by the Triton kernels, and the one place where a network changes its backend.
+"""The operations of the networks by the Triton kernels, and the one place where a network changes its backend.
 
-A GroupNorm becomes one multiply and one add per (frame, channel) inside the convolution that follows it. Its statistics
-come from the epilogue of the kernel that wrote the tensor, or from one pass over it.
+A GroupNorm, with a row bias before it, becomes one multiply and one add per (frame, channel) inside the convolution
+that follows it. Its statistics come from the epilogue of the kernel that wrote the tensor, or from one pass over it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from pylumiere.backends.torch import TorchBackend
-from pylumiere.config import STUNetConfig
+from pylumiere.config import NetworkConfig
 from pylumiere.errors import UnsupportedDevice
-from pylumiere.kernels import launching, norm_affine, spatial_conv, temporal_attention, temporal_conv
+from pylumiere.kernels import (
+    geglu,
+    groupnorm_silu,
+    launching,
+    layer_norm,
+    norm_affine,
+    spatial_conv,
+    temporal_attention,
+    temporal_conv,
+)
 from pylumiere.kernels.implicit_gemm import pack_weight
+from pylumiere.networks.families import AnyConfig, build_network, family_of
 from pylumiere.networks.ops import Norm, PlainOps, Shift
-from pylumiere.networks.stunet import STUNet
 from pylumiere.networks.stunet.presets import stage_preset
 
 
@@ -33,6 +44,27 @@ class TritonOps(PlainOps):
             raise ValueError(f"precision={precision!r} is not 'ieee' or 'tf32'")
         self.precision = precision
 
+    def activate(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        *,
+        row_bias: Tensor | None = None,
+    ) -> Tensor:
+        """For what no operation of ours follows; the others fold it into their loads."""
+        if row_bias is not None:
+            x = x + row_bias[:, :, None, None]
+        if norm is None:
+            return super().activate(x, None, scale, shift, silu)
+        y = _call(groupnorm_silu, "groupnorm_silu")(
+            x.flatten(2, 3), norm.weight, norm.bias, norm.num_groups, norm.eps, "clip" if norm.over_frames else "frame",
+            scale, shift, silu, getattr(x, "channel_statistics", None),
+        )  # fmt: skip
+        return y.view(x.shape)
+
     def spatial_conv(
         self,
         x: Tensor,
@@ -43,12 +75,13 @@ class TritonOps(PlainOps):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         temporal_shift: Shift | None = None,
         stride: int = 1,
         upsample: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        mul, add = self._affine(x, norm, scale, shift)
+        mul, add = self._affine(x, norm, scale, shift, row_bias)
         fold_next, fold_prev = _folds(temporal_shift, x.shape[-1])
         y, statistics = _call(spatial_conv, "spatial_conv")(
             x, pack_weight(weight), bias, mul, add, residual, silu, stride, 2 if upsample else 1, fold_next, fold_prev,
@@ -66,11 +99,12 @@ class TritonOps(PlainOps):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         stride: int = 1,
         upsample: int = 1,
         residual: Tensor | None = None,
     ) -> Tensor:
-        mul, add = self._affine(x, norm, scale, shift)
+        mul, add = self._affine(x, norm, scale, shift, row_bias)
         y, _ = _call(temporal_conv, "temporal_conv")(
             x, pack_weight(weight), bias, mul, add, residual, silu, stride, upsample, False, self.precision
         )
@@ -86,14 +120,21 @@ class TritonOps(PlainOps):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         silu: bool = False,
+        row_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        mul, add = self._affine(x, norm, scale, shift)
+        mul, add = self._affine(x, norm, scale, shift, row_bias)
         ends_branch = residual is not None  # what follows is a norm
         y, statistics = _call(spatial_conv, "spatial_conv")(
             x, weight[:, :, None, None], bias, mul, add, residual, silu, 1, 1, 0, 0, "zero", ends_branch, self.precision
         )
         return _with_statistics(y, statistics) if ends_branch else y
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+        return _call(layer_norm, "layer_norm")(x, weight, bias, eps)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        return _call(geglu, "geglu")(x)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
         return _attention(q, k, v, num_heads, mask)
@@ -102,24 +143,29 @@ class TritonOps(PlainOps):
         return _call(temporal_attention, "temporal_attention")(qkv, num_heads)
 
     def _affine(
-        self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None
+        self, x: Tensor, norm: Norm | None, scale: Tensor | None, shift: Tensor | None, row_bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """GroupNorm, scale and shift as `mul * x + add`; None, None without a norm."""
+        """Row bias, GroupNorm, scale and shift as `mul * x + add`; None, None without a norm or a row bias."""
         if norm is None:
             if scale is not None:
                 raise ValueError("scale and shift need a norm before them")
-            return None, None
+            if row_bias is None:
+                return None, None
+            add = row_bias.to(torch.promote_types(x.dtype, torch.float32))
+            add = add.expand(-1, x.shape[1], -1).flatten(0, 1).contiguous()  # [B*T, C]
+            return torch.ones_like(add), add
         frames = x.flatten(2, 3).flatten(0, 1)  # [B*T, S, C]
         statistics = getattr(x, "channel_statistics", None)
         if statistics is None:
             statistics = _call(norm_affine, "channel_statistics", "launch_statistics")(frames)
         return _call(norm_affine, "norm_affine")(
-            statistics, frames.shape[1], norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift
-        )
+            statistics, frames.shape[1], norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift, row_bias,
+            x.shape[1] if norm.over_frames else 1,
+        )  # fmt: skip
 
 
 class TritonBackend(TorchBackend):
-    """Both networks of a checkpoint on one GPU, by the Triton kernels."""
+    """The networks of a checkpoint on one GPU, by the Triton kernels."""
 
     name = "triton"
 
@@ -151,24 +197,33 @@ def _folds(shift: Shift | None, channels: int) -> tuple[int, int]:
 
 
 def record_network(
-    config: STUNetConfig, arch: int, dtype: torch.dtype = torch.bfloat16, *, batch: int = 1, text_tokens: int = 77
+    config: AnyConfig,
+    arch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    batch: int = 1,
+    text_tokens: int = 77,
+    sizes: Mapping[str, int] | None = None,
 ) -> launching.Recording:
-    """A forward pass as a flat list of launches, for compute capability `arch`: no weights, no data, no GPU.
+    """A call of a network as a flat list of launches, for compute capability `arch`: no weights, no data, no GPU. Of a
+    decoder, the decoding of latents.
 
-    The recording's inputs are named as the arguments of `STUNet.forward`, its weights as the network's parameters.
+    The recording's inputs are named as the network's ports, its weights as in its state dict.
+
+    Args:
+        sizes: T, H and W of the first input; None: what the network is made for. A decoder is made for no size.
+
+    Raises:
+        ValueError: a decoder without sizes.
     """
-    sizes = (config.num_frames, config.height, config.width, config.in_channels)
-    with torch.device("meta"):
-        model = STUNet(config).eval().to(dtype)
-        values = {"sample": torch.empty(batch, *sizes), "timesteps": torch.empty(batch)}
-        if config.text_dim:
-            values["text"] = torch.empty(batch, text_tokens, config.text_dim)
-            values["text_mask"] = torch.ones(batch, text_tokens, dtype=torch.bool)
-        if config.noise_level:
-            values["noise_level"] = torch.empty(batch)
-    set_backend(model, "triton")
+    if sizes is None:
+        if not isinstance(config, NetworkConfig):
+            raise ValueError(f"{config.family} is made for no size: sizes must give T, H and W of its latents")
+        sizes = {"T": config.num_frames, "H": config.height, "W": config.width}
+    model = set_backend(build_network(config).to(dtype), "triton")
+    values = family_of(config).ports(config, text_tokens).operands({**sizes, "B": batch})
     with launching.record(arch) as recording:
-        recording.name_tensors(dict(model.named_parameters()), "weight")
+        recording.name_tensors(model.state_dict(), "weight")
         recording.name_tensors(values, "input")
         recording.mark_outputs(model(**values))
     return recording
@@ -183,7 +238,9 @@ def record_preset(name: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def set_backend(model: torch.nn.Module, backend: str, *, precision: str = "ieee") -> torch.nn.Module:
-    """Make a STUNet run on "torch" (plain PyTorch) or on "triton". Returns the model.
+    """Make a network run on "torch" (plain PyTorch) or on "triton". Returns it.
+
+    `model` is what a family builds: a module whose attribute `ops` holds its operations.
 
     For "triton" convolution weights are laid out with the input channels innermost, in place; their values, and what
     the plain path computes from them, stay the same.

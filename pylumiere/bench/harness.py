@@ -298,6 +298,9 @@ def candidates_of(table: str, arch: int) -> Iterator[tuning.Config]:
     elif table == "temporal_attention":
         for block, matrix, warps in itertools.product((16, 32, 64, 128), (True, False), (4, 8)):
             yield tuning.Config({"BLOCK_M": block, "MATRIX": matrix}, warps, 1)
+    elif table == "layer_norm":
+        for s, warps in itertools.product((1, 2, 4, 8, 16), (2, 4, 8)):
+            yield tuning.Config({"BLOCK_S": s}, warps, 1)
     elif table == "denoise_step":
         for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
             yield tuning.Config({"BLOCK": block}, warps, 1)

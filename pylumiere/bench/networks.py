@@ -31,8 +31,9 @@ from pylumiere.bench.harness import Timing, measure, measure_device
 from pylumiere.bench.plan import NetworkPlan, plan_network
 from pylumiere.bench.predict import OTHER, Measured
 from pylumiere.bench.rivals import FAMILIES, Missing, Operands, Wrapped, make_rivals, side_by_side
-from pylumiere.checkpoints.native import Checkpoint, find_model, load_checkpoint, read_config
+from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import DECODER, ModelConfig
+from pylumiere.loading import load_model, read_model_config
 from pylumiere.networks.families import AnyConfig, build_network
 
 ROWS = 2
@@ -124,7 +125,7 @@ def run(
     """Checks and times the networks on this machine's CPU; 0 if all results were right, else 1.
 
     Args:
-        model: a shipped name or a model folder.
+        model: see `pylumiere.loading.load_model`.
         stages: names of the model's stages; none means all.
         vs: rivals, of `rivals.FAMILIES`; None means all that are installed but torch.compile, which takes minutes.
         precisions: of the rivals, "fp32" and "bf16"; none means both.
@@ -143,10 +144,10 @@ def run(
     check_names("--vs", families, FAMILIES)
     check_names("--precision", precisions, ALLOWED)
     earlier = comparison.read(against) if against else None
-    folder = find_model(model)
-    known = tuple(read_config(folder).networks)
+    known = tuple(read_model_config(model, check_hashes=False).networks)
     check_names("--stage", stages, known)
-    checkpoint = load_checkpoint(folder)
+    found, _ = load_model(model, "torch", "cpu", "fp32")
+    checkpoint = found if isinstance(found, Checkpoint) else found.checkpoint()
     threads = torch.get_num_threads()
     bounds = {} if smoke else measure_device("cpu")
     for name, rate in bounds.items():

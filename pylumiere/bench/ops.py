@@ -19,6 +19,8 @@ OPS = (
     "factorized_conv",
     "norm_affine",
     "groupnorm_silu",
+    "layer_norm",
+    "geglu",
     "temporal_attention",
     "temporal_shift",
     "denoise_step",

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pylumiere.checkpoints.bundle import is_bundle, open_bundle
-from pylumiere.checkpoints.native import find_model, read_config
+from pylumiere.checkpoints.native import SHIPPED
 from pylumiere.config import ModelConfig, StageConfig
 from pylumiere.diffusion.plan import DecoderPlan, StagePlan, plan_request
 from pylumiere.errors import InvalidRequest
 from pylumiere.kernels.cost import Cost
-from pylumiere.networks.families import AnyConfig, build_network, family_of
+from pylumiere.loading import read_model_config
+from pylumiere.networks.families import AnyConfig, build_network, computing_dtype, family_of
 from pylumiere.networks.ops import PlainOps
 from pylumiere.networks.stunet import presets as stunet
 from pylumiere.networks.unet import presets as unet
@@ -151,14 +151,14 @@ def plan_network(
     Raises:
         ValueError: sizes that the network's levels cannot divide.
     """
-    dtype = torch.float32 if getattr(config, "force_upcast", False) else torch.bfloat16
+    dtype = computing_dtype(config, torch.bfloat16)
     network, ops = build_network(config).to(dtype), CountingOps(dtype.itemsize)
     network.ops = ops
     operands = family_of(config).ports(config, text_tokens).operands({"B": batch, "T": frames, "H": height, "W": width})
     with torch.device("meta"), torch.inference_mode():
         network(**operands)
     parameters = sum(p.numel() for p in network.parameters())
-    activations = activation_bytes(config, batch, frames, height, width, dtype, text_tokens)
+    activations = activation_bytes(config, batch, frames, height, width, torch.bfloat16, text_tokens)
     return NetworkPlan(dict(ops.work), parameters, parameters * dtype.itemsize, activations)
 
 
@@ -168,7 +168,7 @@ class StageCalls:
 
     Attributes:
         name: of the stage; "decoder" for the decoder.
-        calls: windows times steps; of a decoder, groups of frames.
+        calls: windows times steps; of a decoder, tiles of groups of frames.
         rows: of a call, which a CPU computes one by one: 2 with guidance, else 1; of a decoder, the frames of a group.
         network: one call of all its rows.
     """
@@ -201,7 +201,7 @@ class ClipPlan:
 
 
 def find_config(model: str) -> ModelConfig:
-    """The configuration of a model by the name of a preset, a model folder or a bundle; weights are not read.
+    """The configuration of a model by the name of a preset, or of what `load_model` loads; weights are not read.
 
     Raises:
         InvalidRequest: neither; the names are listed.
@@ -210,12 +210,10 @@ def find_config(model: str) -> ModelConfig:
     for presets in (stunet, unet):
         if model in presets.MODELS:
             return presets.model_preset(model)
-    if not Path(model).exists():
+    if model not in SHIPPED and not Path(model).exists():
         names = ", ".join((*stunet.MODELS, *unet.MODELS))
         raise InvalidRequest(f"--model {model!r} is no folder and not one of {names}")
-    if is_bundle(model):
-        return open_bundle(model, check_hashes=False).config
-    return read_config(find_model(model))
+    return read_model_config(model, check_hashes=False)
 
 
 def plan_clip(
@@ -252,11 +250,9 @@ def _with_steps(stage: StageConfig, steps: int) -> StageConfig:
 
 
 def _stage_calls(stage: StagePlan | DecoderPlan, text_tokens: int) -> StageCalls:
-    frames, (height, width, _) = stage.windows.call_frames, stage.input_shape
-    batch = 2 if stage.is_guided else 1
-    network = plan_network(stage.network, batch, frames, height, width, text_tokens)
-    rows = frames if isinstance(stage, DecoderPlan) else batch
-    return StageCalls(stage.name, stage.windows.num_windows * stage.num_steps, rows, network)
+    rows, frames, height, width = stage.call_sizes
+    network = plan_network(stage.network, rows, frames, height, width, text_tokens)
+    return StageCalls(stage.name, stage.num_calls, frames if isinstance(stage, DecoderPlan) else rows, network)
 
 
 def doubling(model: str) -> dict[str, dict[str, float]]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from pylumiere.checkpoints.files import check_inside, check_size, first_few, first_line, printable, read_json
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.checkpoints.scheduler_config import schedule_from_diffusers
-from pylumiere.checkpoints.shards import read_tensors
+from pylumiere.checkpoints.shards import find_weights, read_tensors
 from pylumiere.config import (
     DECODER,
     AutoencoderKLConfig,
@@ -289,6 +289,48 @@ def read_index(folder: Path) -> dict[str, list[str]]:
             supported = ", ".join(component.classes)
             raise BundleError(f"{path}: {name} {_quoted(kind)} is not supported; supported: {supported}")
     return {name: present[name] for name in COMPONENTS}
+
+
+def list_components(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a folder's model_index.json lists, whether it is supported or not, and where its weights are concerned
+    whether they are there. By name: `class`, `is_used`, `bytes` of weights (None where there are none) and `problem`
+    (None where there is none).
+
+    Raises:
+        BundleError: model_index.json is missing, too large or malformed.
+    """
+    check_inside(folder / INDEX, folder)
+    listed = read_json(folder / INDEX, MAX_JSON_BYTES)
+    found = {}
+    for name in dict.fromkeys([*COMPONENTS, *(name for name, value in listed.items() if isinstance(value, list))]):
+        value = listed.get(name)
+        kind = value[1] if isinstance(value, list) and len(value) == 2 else value
+        if kind is None and name not in COMPONENTS:  # an optional one that was left out
+            continue
+        size, problem = None, None
+        try:
+            size = _component_bytes(folder, name, kind)
+        except BundleError as error:
+            problem = str(error)
+        found[printable(name)] = {
+            "class": None if kind is None else printable(str(kind)), "is_used": name in COMPONENTS, "bytes": size,
+            "problem": problem,
+        }  # fmt: skip
+    return found
+
+
+def _component_bytes(folder: Path, name: str, kind: Any) -> int | None:
+    """Bytes of a component's weights; BundleError for what is missing or not supported."""
+    component = COMPONENTS.get(name)
+    if component is None:
+        if name in UNUSED:
+            return None
+        raise BundleError(f"not supported; supported: {', '.join(COMPONENTS)}")
+    if component.classes and kind not in component.classes:
+        raise BundleError(f"not supported; supported: {', '.join(component.classes)}")
+    if component.stem is None:
+        return None
+    return sum(file.stat().st_size for file in find_weights(folder / name, component.stem, folder).files)
 
 
 def _quoted(value: Any) -> str:

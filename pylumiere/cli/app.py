@@ -17,7 +17,7 @@ import sys
 import typer
 
 from pylumiere.cli.bench import bench_e2e, bench_model, bench_ops, bench_plan
-from pylumiere.cli.bundles import export_model, inspect_bundle, make_keys, verify_bundle
+from pylumiere.cli.bundles import export_model, inspect_model, make_keys, verify_bundle
 from pylumiere.cli.doctor import doctor
 from pylumiere.cli.generate import generate, upscale
 from pylumiere.cli.importing import import_source
@@ -77,7 +77,7 @@ for _name, _verb in {
     "serve-key": serve_key,
     "import": import_source,
     "export": export_model,
-    "inspect": inspect_bundle,
+    "inspect": inspect_model,
     "verify": verify_bundle,
     "keygen": make_keys,
 }.items():

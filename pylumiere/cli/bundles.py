@@ -1,4 +1,4 @@
-"""`export`, `inspect`, `verify` and `keygen`: bundles and their keys."""
+"""`export`, `inspect`, `verify` and `keygen`: bundles and their keys; `inspect` also looks at model folders."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from pylumiere.cli.console import absolute, print_table
-from pylumiere.cli.options import Backend, Json, Key, Precision, parse_size
+from pylumiere.cli.options import Backend, Json, Key, Precision, TemporalShift, parse_size
+from pylumiere.errors import InvalidRequest
 
 _Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder name.plm.")]
 
 
 def export_model(
     output: Annotated[str, typer.Option("-o", "--output", help="The bundle: NAME.plm.")],
-    model: Annotated[str, typer.Option(help="A shipped model's name (demo), a model folder, or a bundle.")] = "demo",
+    model: Annotated[str, typer.Option(help="A shipped model's name (demo), a model's folder, or a bundle.")] = "demo",
     sku: Annotated[list[str] | None, typer.Option(help="rtx4090, h100, sm_89, ..., all, this; repeatable.")] = None,
     precision: Annotated[str, typer.Option(help="Of plans and cubins: auto, fp16, bf16 or fp32.")] = "auto",
     batch: Annotated[int, typer.Option(help="Largest batch; 2 is one clip with guidance.")] = 2,
@@ -24,6 +25,7 @@ def export_model(
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT of a clip; repeatable.")] = None,
     per_sm: Annotated[bool, typer.Option("--per-sm", help="A plan per GPU kind beside the portable one.")] = False,
     memory_budget: Annotated[str | None, typer.Option(help="Workspace of a layer at most, such as 2GiB.")] = None,
+    temporal_shift: TemporalShift = None,
     sign: Annotated[str | None, typer.Option(help="Private Ed25519 key in PEM; see keygen.")] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes at once.")] = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
@@ -40,26 +42,42 @@ def export_model(
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget), jobs=jobs,
     )  # fmt: skip
     with Bars() as bars:
-        report = export_bundle(model, output, options, force=force, sign_key=sign, on_progress=bars.update)
+        report = export_bundle(model, output, options, force=force, sign_key=sign,
+                               temporal_shift=temporal_shift, on_progress=bars.update)  # fmt: skip
     print(json.dumps(report) if as_json else to_text(report))
 
 
-def inspect_bundle(
-    path: _Bundle,
+def inspect_model(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A bundle, a shipped model's name, a model folder, or a folder of diffusers."
+        ),
+    ],
     key: Key = None,
     sku: Annotated[str | None, typer.Option(help="Ask for this card instead of this machine, such as rtx4090.")] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
-    """Says what is in a bundle, what would run here, and why; checks hashes first."""
-    from pylumiere.inspecting import inspect, inspect_tables
+    """Says what is in a bundle or a model folder, what would run here, and why; checks a bundle's hashes first."""
+    from pylumiere.checkpoints.bundle import is_bundle
+    from pylumiere.checkpoints.native import SHIPPED
+    from pylumiere.inspecting import describe_model, inspect, inspect_tables, model_tables
 
-    report = inspect(path, key, sku, backend, precision)
+    if path not in SHIPPED and is_bundle(path):
+        report = inspect(path, key, sku, backend, precision)
+        parts = inspect_tables(report)
+    else:
+        for option, value in (("--key", key), ("--sku", sku)):
+            if value is not None:
+                raise InvalidRequest(f"{option} is for bundles, and {path!r} is none")
+        report = describe_model(path, backend, precision)
+        parts = model_tables(report)
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    for part in inspect_tables(report):
+    for part in parts:
         print_table(part)
 
 

@@ -24,6 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout in
 Window = Annotated[int | None, typer.Option(help="Frames of a super-resolution window.")]
 Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring windows share.")]
 
+TemporalShift = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="For a picture model: a clip by shifting 1/N of the channels each way; 8."),
+]
+
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:

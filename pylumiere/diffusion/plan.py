@@ -27,6 +27,7 @@ from pylumiere.diffusion.tasks import FREE, GIVEN, Task, make_task
 from pylumiere.diffusion.windows import WindowPlan
 from pylumiere.errors import InvalidRequest
 from pylumiere.media.fitting import Frame, fit
+from pylumiere.networks.autoencoders.tiling import tile_starts
 from pylumiere.request import GenerationRequest
 
 MAX_ENLARGEMENT = 4  # of a clip's sides over what the networks were made for
@@ -77,6 +78,16 @@ class StagePlan:
         """Of a frame that the network is given."""
         return self.height, self.width, self.network.in_channels
 
+    @property
+    def call_sizes(self) -> tuple[int, int, int, int]:
+        """Rows, frames, height and width of a network call for this request alone."""
+        return 2 if self.is_guided else 1, self.windows.call_frames, self.height, self.width
+
+    @property
+    def num_calls(self) -> int:
+        """Of the network, for a clip of known length."""
+        return self.windows.num_windows * self.num_steps
+
 
 @dataclass(frozen=True)
 class DecoderPlan:
@@ -111,6 +122,17 @@ class DecoderPlan:
         """Height and width of the latents of one call."""
         height, width, _ = self.input_shape
         return min(height, self.config.tile), min(width, self.config.tile)
+
+    @property
+    def call_sizes(self) -> tuple[int, int, int, int]:
+        """Rows, frames, height and width of the latents of a network call."""
+        return 1, self.windows.window, *self.tile_shape
+
+    @property
+    def num_calls(self) -> int:
+        """Of the network: tiles of all groups."""
+        tile, overlap = self.config.tile, self.config.tile_overlap
+        return self.windows.num_windows * math.prod(len(tile_starts(n, tile, overlap)) for n in self.input_shape[:2])
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """A user's pictures, clips and masks, from files or their bytes, as arrays of a request.
 
 Pictures are read by Pillow, clips by FFmpeg; what one does not know, the other is asked. A picture is turned upright
-(EXIF), transparent pixels show white (in a mask: black), grey and 16-bit pixels become 8-bit RGB, an embedded colour
+(EXIF), transparent pixels are laid on black, grey and 16-bit pixels become 8-bit RGB, an embedded colour
 profile is ignored. A clip of varying frame rate is read at its average rate, each frame standing until the next comes.
 Sizes are checked before pixels are decoded.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pylumiere.arrays import moves, rgb
 from pylumiere.errors import InvalidRequest, VideoError
 from pylumiere.media.ffmpeg import PIPE
 from pylumiere.media.placement import place
@@ -34,7 +35,7 @@ def read_image(source: Source, limits: Limits = LIMITS) -> np.ndarray:
     Raises:
         VideoError: no such file, no picture, damaged, too large, or smaller than 2 x 2.
     """
-    pixels = _read_picture(source, limits, (255, 255, 255))
+    pixels = _read_picture(source, limits)
     if pixels is None:
         with VideoReader(source, limits) as reader:
             frame = next(iter(reader))
@@ -80,7 +81,7 @@ def read_mask(
     Raises:
         VideoError: as `read_clip`.
     """
-    pixels = _read_picture(source, limits, (0, 0, 0))
+    pixels = _read_picture(source, limits, may_move=True)
     if pixels is None:
         frames, _ = read_clip(source, fps, max_frames, limits)
         pixels = frames[0] if len(frames) == 1 else frames
@@ -161,9 +162,9 @@ def parse_expand(text: str) -> dict[str, int]:
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def _read_picture(source: Source, limits: Limits, behind: tuple[int, int, int]) -> np.ndarray | None:
-    """[H, W, 3] uint8 by Pillow; None for what it does not know, and for pictures that move."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _read_picture(source: Source, limits: Limits, may_move: bool = False) -> np.ndarray | None:
+    """[H, W, 3] uint8 by Pillow; None for what it does not know and, if `may_move`, for what moves."""
+    from PIL import Image, UnidentifiedImageError
 
     if not isinstance(source, bytes) and (str(source) == PIPE or os.path.isdir(source)):
         return None
@@ -184,31 +185,10 @@ def _read_picture(source: Source, limits: Limits, behind: tuple[int, int, int]) 
         width, height = image.size
         if width * height > limits.max_pixels:
             raise VideoError(f"input {name!r}: {width} x {height} has more than {limits.max_pixels} pixels")
-        if getattr(image, "n_frames", 1) > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF") and behind == (0, 0, 0):
-            return None  # a mask that moves
         try:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return np.array(_rgb(image, behind))
+            return None if may_move and moves(image) else rgb(image)
         except Exception as error:
             raise VideoError(f"input {name!r} is damaged: {_first_line(error)}") from error
-
-
-def _rgb(image, behind: tuple[int, int, int]):
-    """A Pillow image of any mode as RGB; Pillow itself would clip 16-bit and float pixels."""
-    from PIL import Image
-
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F":
-            values = np.nan_to_num(values) * (255 if np.nanmax(values, initial=0) <= 1 else 1)
-        else:
-            values = values / 257  # 16 bits, also where Pillow holds them in 32
-        return Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _known(module) -> list[str]:

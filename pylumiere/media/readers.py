@@ -42,7 +42,7 @@ class VideoReader:
     """Reads frames one by one: a video file, its bytes, a gif, a picture, a folder of PNG, or "-" for standard input.
 
     A context manager and an iterable of uint8 [H, W, 3]. All frames have the size of the first. Frames are turned as
-    the container says, colours follow the stream's matrix and range, and transparent pixels show white.
+    the container says, colours follow the stream's matrix and range, and transparent pixels are laid on black.
 
     Attributes:
         fps: frames a second, on average where the rate varies; None for pictures.
@@ -212,14 +212,13 @@ class VideoReader:
 
 
 def _rgb(picture) -> np.ndarray:
-    """[H, W, 3] uint8 of a decoded frame; PyAV follows the frame's own matrix and range. Transparent shows white."""
+    """[H, W, 3] uint8 of a decoded frame; PyAV follows the frame's own matrix and range. Transparent is black."""
     if not any(component.is_alpha for component in picture.format.components) and picture.format.name != "pal8":
         return picture.to_ndarray(format="rgb24")
     rgba = picture.to_ndarray(format="rgba")
     if rgba[..., 3].min() == 255:
         return np.ascontiguousarray(rgba[..., :3])
-    alpha = rgba[..., 3:].astype(np.uint32)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return ((rgba[..., :3] * rgba[..., 3:].astype(np.uint16) + 127) // 255).astype(np.uint8)
 
 
 class _InputPipe:

@@ -7,7 +7,7 @@ exporter ask the family; none of them knows a network's class. Modules are impor
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pylumiere.config import DecodingConfig, NetworkConfig
@@ -34,6 +34,18 @@ class Port:
 
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         return tuple(axis if isinstance(axis, int) else _length(axis, sizes) for axis in self.axes)
+
+    def fixed(self, sizes: dict[str, int]) -> Port:
+        """The same port with the axes that `sizes` names as numbers."""
+
+        def fix(axis: str | int) -> str | int:
+            return axis if isinstance(axis, int) or _name(axis) not in sizes else _length(axis, sizes)
+
+        return replace(self, axes=tuple(map(fix, self.axes)))
+
+
+def _name(axis: str) -> str:
+    return axis.rpartition("*")[2]
 
 
 def _length(axis: str, sizes: dict[str, int]) -> int:
@@ -112,6 +124,13 @@ def build_network(config: AnyConfig, weights: dict[str, torch.Tensor] | None = N
     if weights is not None:
         network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def computing_dtype(config: AnyConfig, dtype: torch.dtype) -> torch.dtype:
+    """What a network computes in, where an engine's other networks compute in `dtype`."""
+    import torch
+
+    return torch.float32 if getattr(config, "force_upcast", False) else dtype
 
 
 def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:

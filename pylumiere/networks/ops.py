@@ -39,11 +39,13 @@ def shift_frames(x: Tensor, shift: Shift) -> Tensor:
         return x
 
     def moved(part: Tensor, step: int) -> Tensor:
-        rolled = part.roll(step, 1)
-        if shift.pad != "circular":
-            end = 0 if step == 1 else -1
-            rolled[:, end] = 0 if shift.pad == "zero" else part[:, end]
-        return rolled
+        """Frame t of `part` from its frame t - step, by a pad or a concatenation and a slice: graphs have these."""
+        first, last = part[:, :1], part[:, -1:]
+        if shift.pad == "zero":
+            longer = F.pad(part, (0, 0, 0, 0, 0, 0, 1, 1))
+        else:
+            longer = torch.cat([last, part, first] if shift.pad == "circular" else [first, part, last], 1)
+        return longer[:, :-2] if step == 1 else longer[:, 2:]
 
     if shift.direction == "causal":
         return torch.cat([moved(x[..., :fold], 1), x[..., fold:]], -1)
@@ -184,6 +186,10 @@ class PlainOps:
         """h * gelu(g) of x [..., 2*C] = (h, g), by the exact error function: [..., C]."""
         h, g = x.chunk(2, -1)
         return h * F.gelu(g)
+
+    def upcast(self, x: Tensor) -> Tensor:
+        """In float32 at least."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(D)) v. q [N, Sq, C], k and v [N, Sk, C]; mask [N, Sk] is True where keys are seen."""

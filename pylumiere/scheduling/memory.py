@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pylumiere.errors import BudgetExceeded, InvalidRequest
-from pylumiere.networks.families import AnyConfig, build_network, family_of
+from pylumiere.networks.families import AnyConfig, build_network, computing_dtype, family_of
 
 MARGIN_FACTOR, MARGIN_BYTES = 1.5, 32 * 2**20
 # Measured with the demo in bf16 on a CPU with two lanes (`memory` rows of benchmarks/results/engine.jsonl): one clip of
@@ -34,10 +34,13 @@ OWN_FACTOR = 1.3
 @functools.lru_cache(maxsize=64)
 def activation_bytes(config: AnyConfig, batch: int, frames: int, height: int, width: int, dtype: torch.dtype,
                      text_tokens: int = 1) -> int:  # fmt: skip
-    """Peak bytes of one call on a float32 input [batch, frames, height, width, channels], margin included."""
+    """Peak bytes of one call on a float32 input [batch, frames, height, width, channels], margin included.
+
+    `dtype` is the engine's; a decoder may compute in a wider one.
+    """
     sizes = {"B": batch, "T": frames, "H": height, "W": width}
     with torch.inference_mode():
-        network = build_network(config).to(dtype)
+        network = build_network(config).to(computing_dtype(config, dtype))
         operands = family_of(config).ports(config, text_tokens).operands(sizes)
         with _LiveBytes() as live, torch.device("meta"):
             network(**operands)

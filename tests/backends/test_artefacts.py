@@ -17,6 +17,7 @@ from pylumiere.checkpoints.bundle import (
     TensorSpec,
     TextEncoder,
 )
+from pylumiere.config import AutoencoderKLConfig, DecoderConfig, ModelConfig, StageConfig, UNet2DConfig
 from pylumiere.errors import BundleError, InvalidRequest, UnsupportedDevice
 from pylumiere.networks.stunet.presets import model_preset
 
@@ -144,6 +145,32 @@ def test_precision():
 def test_half_precision_graphs_are_not_for_a_cpu():
     with pytest.raises(UnsupportedDevice, match="no fp16 convolutions on a CPU"):
         select(manifest(both("onnx", "fp16", Library(name="onnx", version="1"))), CPU, "onnxruntime")
+
+
+def latents(*artefacts, upcast=True):
+    """The manifest of a model with a decoder."""
+    unet = UNet2DConfig(cross_attention_dim=32)
+    vae = AutoencoderKLConfig((32,), force_upcast=upcast)
+    model = ModelConfig("latent", (StageConfig("unet", unet),), DecoderConfig(vae), text_encoder="hash")
+    files = dict.fromkeys(["model/base.safetensors"], FileEntry(size=1, sha256="0" * 64))
+    weights = dict.fromkeys(["unet", "decoder"], "model/base.safetensors")
+    return Manifest(name="latent", created_by="tests", model=model.to_dict(), text=HASH, files=files, weights=weights,
+                    artefacts=artefacts)  # fmt: skip
+
+
+def test_a_decoder_that_is_for_fp32_stands_beside_16_bits():
+    def plan(stage, precision):
+        return artefact("plan", stage, precision, sms=(89,))
+
+    half, full = plan("unet", "fp16"), plan("decoder", "fp32")
+    taken = select(latents(half, full), gpu(), "tensorrt_rtx")
+    assert taken.precision == "fp16" and dict(taken.artefacts) == {"unet": half, "decoder": full}
+    assert select(latents(half, full), gpu(), "tensorrt_rtx", "fp16").artefacts == taken.artefacts
+    with pytest.raises(UnsupportedDevice, match="computes in fp16; bf16 was asked for"):
+        select(latents(half, full), gpu(), "tensorrt_rtx", "bf16")
+    for decoder in (latents(half, plan("decoder", "fp16")), latents(half, full, upcast=False)):
+        with pytest.raises(UnsupportedDevice, match="do not cover every stage in one precision"):
+            select(decoder, gpu(), "tensorrt_rtx")
 
 
 def test_everything_that_was_not_taken_has_a_reason():

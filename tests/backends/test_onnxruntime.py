@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.testing import rel_rms, write_random_model
 
 import pylumiere
@@ -201,3 +202,124 @@ def test_files_that_change_after_opening_are_not_loaded(copy):
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match="damaged or was changed"):
         make_backend(model, choice)
+
+
+# ---- models of latents -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latent_plm(exported_latent):
+    return exported_latent[0]
+
+
+@pytest.fixture(scope="module")
+def latent_engine(latent_plm):
+    with pylumiere.Engine.load(latent_plm, precision="fp32") as engine:
+        yield engine
+
+
+@pytest.fixture
+def latent_copy(latent_plm, tmp_path):
+    shutil.copytree(latent_plm, tmp_path / "latent.plm")
+    return tmp_path / "latent.plm"
+
+
+def clip_of(source, backend, **fields):
+    with pylumiere.Engine.load(source, backend=backend, device="cpu", precision="fp32") as engine:
+        return engine.generate("a dog and a cat", seed=3, num_inference_steps=3, output_type="float", **fields).frames
+
+
+def psnr(actual, expected):
+    assert actual.shape == expected.shape and expected.std() > 0.05
+    return -10 * np.log10(np.mean((actual - expected) ** 2))
+
+
+def test_latent_shift_with_clip_by_graphs_is_the_torch_backends_clip(latent_plm, latent_model):
+    expected = clip_of(latent_model, "torch")
+    assert expected.shape == (4, 16, 16, 3)
+    assert np.array_equal(clip_of(latent_plm, "torch"), expected)  # the same weights, text encoder and all
+    assert psnr(clip_of(latent_plm, "onnxruntime"), expected) > 60
+
+
+def test_a_picture_by_graphs_is_the_torch_backends_picture(exported_picture, picture_model):
+    expected = clip_of(picture_model, "torch", num_frames=1)
+    assert expected.shape == (1, 16, 16, 3)
+    assert psnr(clip_of(exported_picture[0], "onnxruntime", num_frames=1), expected) > 60
+
+
+def test_clip_by_its_graph_gives_what_clip_gives_and_all_positions_are_seen(latent_plm, latent_model):
+    model, _ = load_model(latent_plm, "onnxruntime", "cpu", "fp32")
+    ours, eager = model.text_encoder(), load_model(latent_model, "torch", "cpu", "fp32")[0].text_encoder()
+    assert (ours.name, ours.width, ours.max_length) == ("clip", 32, 77)
+    prompts = ["", "a dog and a cat", "cat " * 100]
+    (actual, mask), (expected, _) = ours.encode(prompts), eager.encode(prompts)
+    assert actual.shape == (3, 77, 32) and mask.shape == (3, 77) and mask.dtype == torch.bool and mask.all()
+    assert rel_rms(actual, expected) < 1e-5
+    assert len({row.numpy().tobytes() for row in actual}) == 3
+
+
+def test_auto_takes_the_graphs_of_a_latent_model_too(latent_engine):
+    info = latent_engine.info()
+    assert info["backend"] == "onnxruntime" and info["decoder"] == "autoencoder_kl"
+    assert list(info["bundle"]["artefacts"]) == ["unet", "decoder", "text"]
+
+
+def test_styles_loras_and_clips_to_start_from_are_refused(latent_engine, tmp_path):
+    assert latent_engine.styles() == []
+    for fields in ({"style": "ink"}, {"lora": "a.safetensors"}):
+        with pytest.raises(InvalidRequest, match="the onnxruntime backend holds a graph with its weights inside"):
+            latent_engine.generate(PROMPT, seed=3, **fields)
+    video = np.zeros((4, 16, 16, 3), np.uint8)
+    with pytest.raises(InvalidRequest, match="no encoder for pictures and clips"):
+        latent_engine.generate(PROMPT, seed=3, video=video, strength=0.5, num_inference_steps=4)
+
+
+def test_numbers_of_frames_and_sizes_that_were_not_exported_are_refused(latent_engine):
+    with pytest.raises(InvalidRequest, match=r"exported for other sizes: 2\.\.4x2\.\.8x2\.\.8x4; asked for 1x8x8x4"):
+        latent_engine.submit(PROMPT, num_frames=1)
+    with pytest.raises(InvalidRequest, match="exported for other sizes"):
+        latent_engine.submit(PROMPT, height=32, width=32)
+    assert latent_engine.generate(PROMPT, seed=1, num_frames=3, num_inference_steps=2).frames.shape == (3, 16, 16, 3)
+
+
+def test_inspect_and_verify_know_the_graphs_of_a_latent_model(latent_plm, capsys):
+    from pylumiere.cli import main
+
+    assert main(["verify", str(latent_plm), "--full", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in report["compared"]} == {f"{s}-onnx-fp32" for s in ("unet", "decoder", "text")}
+    assert all(0 < entry["rel_rms"] < 2e-5 for entry in report["compared"])
+    assert main(["inspect", str(latent_plm), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["text_encoder"] == "clip" and report["backend"] == "onnxruntime"
+    assert sorted(report["chosen"].values()) == ["decoder", "text", "unet"]
+    assert list(report["weights"]) == ["unet", "decoder"]
+
+
+@pytest.mark.parametrize("content, text", [
+    (b"{}", "of 77 tokens of width 512; the manifest says 77 of width 32"),
+    (b'{"hidden_size": 33}', "hidden_size 33 is not a multiple"),
+    (b'{"model_type": "bert"}', "'bert' is not supported"),
+    (b"[1]", "no JSON object"),
+    (b"{", "config.json: Expecting"),
+    (b" " * (2**20 + 1), "at most 1048576 are read"),
+])  # fmt: skip
+def test_a_wrong_configuration_of_clip_is_one_line(latent_copy, content, text):
+    (latent_copy / "text" / "config.json").write_bytes(content)
+    rewrite(latent_copy, lambda manifest: {})
+    with pytest.raises(BundleError, match=text) as caught:
+        load_model(latent_copy, "torch", "cpu", "fp32")[0].text_encoder()
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_weights_of_clip_are_one_line(latent_copy):
+    for content, text in ((b"\x08 no tensors", "is no safetensors file"), (None, "missing text_model.embeddings")):
+        path = latent_copy / "text" / "clip.safetensors"
+        if content is None:
+            save_file({"other": torch.zeros(2)}, path)
+        else:
+            path.write_bytes(content)
+        rewrite(latent_copy, lambda manifest: {})
+        with pytest.raises(BundleError, match=text) as caught:
+            load_model(latent_copy, "torch", "cpu", "fp32")[0].text_encoder()
+        assert "\n" not in str(caught.value)

@@ -1,5 +1,7 @@
-"""The Triton backend: a small STUNet through the kernels equals the plain one; whole networks as recordings."""
+"""The Triton backend: small networks through the kernels equal the plain ones; whole networks as recordings."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,20 @@ from pylumiere.backends import Choice
 from pylumiere.backends.torch import TorchBackend
 from pylumiere.backends.triton import TritonBackend, TritonOps, record_network, set_backend
 from pylumiere.checkpoints.native import Checkpoint
-from pylumiere.config import LevelConfig, ModelConfig, StageConfig, STUNetConfig
+from pylumiere.config import (
+    AutoencoderKLConfig,
+    AutoencoderTinyConfig,
+    LevelConfig,
+    ModelConfig,
+    NetworkConfig,
+    StageConfig,
+    STUNetConfig,
+    TemporalShiftConfig,
+    UNet2DConfig,
+)
 from pylumiere.errors import UnsupportedDevice
-from pylumiere.networks.ops import PlainOps
+from pylumiere.networks.families import AnyConfig, family_of
+from pylumiere.networks.ops import Norm, PlainOps
 from pylumiere.networks.stunet import STUNet
 from pylumiere.networks.stunet.presets import stage_preset
 
@@ -32,12 +45,26 @@ SSR = STUNetConfig(
     num_groups=4, head_dim=8, text_dim=0, noise_level=True, frame_embedding=False, skip_input=3, num_frames=3, height=8,
     width=8, shift_pad="circular", shift_direction="causal",
 )  # fmt: skip
-CONFIGS = {"base": BASE, "ssr": SSR}
+
+UNET = UNet2DConfig(
+    block_out_channels=(24, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=(1, 1), transformer_layers_per_block=(1, 1),
+    num_heads=(2, 1), cross_attention_dim=12, norm_num_groups=8, num_frames=2, height=4, width=4,
+)  # fmt: skip
+SHIFT = TemporalShiftConfig(7)  # of 24 channels 3 and 3, of others up to 9 and 9: no multiples of a block
+SHIFTED = replace(UNET, temporal_shift=SHIFT, use_linear_projection=True, upcast_attention=True)
+KL = AutoencoderKLConfig((16, 24), norm_num_groups=4)
+TINY = AutoencoderTinyConfig((8, 8), (16, 16), (1, 1), (1, 1))
+CONFIGS = {
+    "base": BASE, "ssr": SSR, "unet": UNET, "unet, shifted and with linear projections": SHIFTED, "kl decoder": KL,
+    "tiny decoder": TINY,
+}  # fmt: skip
+LATENTS = {"T": 2, "H": 3, "W": 2}
 
 
-def network(config: STUNetConfig, dtype=torch.float32) -> STUNet:
+def network(config: AnyConfig, dtype=torch.float32) -> torch.nn.Module:
     """Random weights everywhere: the zero-initialised ends of each branch would hide it."""
-    model = STUNet(config).eval().requires_grad_(False)
+    model = family_of(config).build(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -45,21 +72,31 @@ def network(config: STUNetConfig, dtype=torch.float32) -> STUNet:
     return model.to(dtype)
 
 
-def inputs(config: STUNetConfig, batch: int = 1, device: str = "cpu") -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def batch_of(config: AnyConfig) -> int:
+    """Two clips where frames may be shifted: those of one must not reach into the other."""
+    return 2 if config.family == "unet2d" else 1
+
+
+def inputs(config: AnyConfig, device: str = "cpu") -> dict[str, torch.Tensor]:
+    generator, batch = torch.Generator().manual_seed(1), batch_of(config)
+    if not isinstance(config, NetworkConfig):
+        shape = (batch, *LATENTS.values(), config.latent_channels)
+        return {"latents": torch.randn(shape, generator=generator).to(device)}
     sizes = (batch, config.num_frames, config.height, config.width, config.in_channels)
     values = {"sample": torch.randn(sizes, generator=generator)}
     values["timesteps"] = 900 * torch.rand(batch, generator=generator)
     if config.text_dim:
         values["text"] = torch.randn(batch, 5, config.text_dim, generator=generator)
+    if config.text_dim and config.masks_text:
         values["text_mask"] = torch.arange(5)[None].repeat(batch, 1) < 4
     if config.noise_level:
         values["noise_level"] = torch.rand(batch, generator=generator)
     return {name: value.to(device) for name, value in values.items()}
 
 
-def record(config: STUNetConfig, arch: int, dtype=torch.float32) -> launching.Recording:
-    return record_network(config, arch, dtype, text_tokens=5)
+def record(config: AnyConfig, arch: int, dtype=torch.float32) -> launching.Recording:
+    sizes = None if isinstance(config, NetworkConfig) else LATENTS
+    return record_network(config, arch, dtype, batch=batch_of(config), text_tokens=5, sizes=sizes)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -111,6 +148,79 @@ def test_every_preset_records_without_a_gpu(name):
     kernels = {launch.kernel.rpartition(":")[2] for launch in recording.launches}
     assert {"implicit_gemm_kernel", "_affine_kernel"} <= kernels
     assert 0 < recording.peak_bytes() < sum(buffer.bytes for buffer in recording.buffers)
+
+
+PUBLIC = {
+    "Stable Diffusion 1.5": (UNet2DConfig(cross_attention_dim=768), None),
+    "its decoder": (AutoencoderKLConfig((128, 256, 512, 512), 2), {"T": 1, "H": 64, "W": 64}),
+    "TAESD": (AutoencoderTinyConfig(), {"T": 1, "H": 64, "W": 64}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_networks_record_without_a_gpu(name):
+    config, sizes = PUBLIC[name]
+    recording = record_network(config, 90, batch=2, sizes=sizes)
+    expected = (2, 16, 64, 64, 4) if sizes is None else (2, 1, 512, 512, 3)
+    assert tuple(recording.outputs.shape) == expected
+    calls = Counter(call.name for call in recording.calls)
+    torch_calls = {name.split(".")[1] for name in calls if name.startswith("aten.")}
+    assert torch_calls <= {
+        "arange", "mul", "div", "exp", "cos", "sin", "cat", "_to_copy", "addmm", "mm", "silu",  # of the timestep, text
+        "add", "sub", "tanh", "relu",
+    }  # fmt: skip
+    if sizes is None:
+        assert (calls["layer_norm"], calls["geglu"], calls["attention"], calls["norm_affine"]) == (48, 16, 32, 61)
+
+
+def test_a_decoder_is_recorded_at_given_sizes_only():
+    with pytest.raises(ValueError, match="autoencoder_kl is made for no size: sizes must give T, H and W"):
+        record_network(KL, 90)
+
+
+def test_the_temporal_shift_costs_no_launch_and_moves_no_bytes():
+    """The same kernels over the same memory; the first convolution of each block looks elsewhere in it."""
+
+    def memory(recording):
+        kernels = [[(one.kernel, one.grid, one.tensors()) for one in call.launches] for call in recording.calls]
+        return [(call.name, call.outputs) for call in recording.calls], kernels, recording.peak_bytes()
+
+    plain, shifted = record(UNET, 90), record(replace(UNET, temporal_shift=SHIFT), 90)
+    assert memory(shifted) == memory(plain)
+    moved = [launch for launch in shifted.launches if launch.constants.get("SHIFT")]
+    assert [launch.args["fold_next"] for launch in moved] == [3, 3, 4, 4, 9, 8, 8, 6]
+    assert not [launch for launch in plain.launches if launch.constants.get("SHIFT")]
+
+
+WEIGHTS = {"spatial_conv": (6, 8, 3, 3), "temporal_conv": (6, 8, 3), "linear": (6, 8)}
+
+
+@pytest.mark.parametrize("over_frames", [False, True], ids=["frame", "clip"])
+@pytest.mark.parametrize("operation", [*WEIGHTS, "activate"])
+def test_row_bias_and_norms_over_frames_are_those_of_the_definition(operation, over_frames):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    x, weight = normal(2, 3, 3, 4, 8) + 1, normal(*WEIGHTS.get(operation, ()))
+    gamma, beta = normal(2, 8)
+    scale, shift, rows = normal(2, 3, 24).chunk(3, -1)
+
+    def run(ops, change, has_norm, modulation, silu, row_bias):
+        scale, shift, row_bias = (None if t is None else change(t) for t in (*modulation, row_bias))
+        norm = Norm(change(gamma), change(beta), 2, 1e-5, over_frames) if has_norm else None
+        if operation == "activate":
+            return ops.activate(change(x), norm, scale, shift, silu, row_bias=row_bias)
+        options = dict(norm=norm, scale=scale, shift=shift, silu=silu, row_bias=row_bias)
+        return getattr(ops, operation)(change(x), change(weight), None, **options)
+
+    for case in (
+        (True, (None, None), True, rows[:, :1]), (True, (scale, shift), False, rows),
+        (True, (scale, shift), True, None), (False, (None, None), True, rows),
+    ):  # fmt: skip
+        expected = run(PlainOps(), torch.Tensor.double, *case)
+        assert_close(run(TritonOps(), lambda t: t.to(DEVICE), *case).cpu(), expected, kind="matmul")
 
 
 def test_weights_keep_their_values_when_laid_out():

@@ -136,6 +136,16 @@ def test_other_schema_versions_are_refused_by_name(sample, version, text):
     assert_refused(sample[0], BundleError, text)
 
 
+@pytest.mark.parametrize("kind, change, text", [
+    ("clip", {}, "text encoder clip needs a config"),
+    ("minilm", {"config": "text/config.json"}, "text encoder minilm has no config"),
+    ("clip", {"config": "text/nowhere.json"}, "text/nowhere.json' is used, but not listed"),
+])  # fmt: skip
+def test_clip_has_a_configuration_and_no_other_text_encoder_has(sample, kind, change, text):
+    edit(sample[0], lambda data: data["text"].update(kind=kind, tokenizer="text/tokenizer.json", **change))
+    assert_refused(sample[0], BundleError, text)
+
+
 @pytest.mark.parametrize("name", ["../x.onnx", "/etc/x.onnx", "a/../x.onnx", "a//x.onnx", "./x.onnx", "a\\x.onnx",
                                   ".x.onnx", "x.pkl", "x", "manifest.json", "a" * 241 + ".onnx",
                                   "x.onnx\0.onnx"])  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 from pylumiere.export import targets
 from pylumiere.export.targets import ExportOptions, choose_targets
 
+from pylumiere.config import AutoencoderKLConfig, UNet2DConfig
 from pylumiere.errors import InvalidRequest, UnsupportedDevice
 
 
@@ -87,3 +88,21 @@ def test_unknown_names_are_refused():
         _plans("rtx4090", "rtx9")
     with pytest.raises(InvalidRequest, match="--precision 'int4' is not one of auto, fp16"):
         _plans("rtx4090", precision="int4")
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_decoder_that_is_for_fp32_leaves_turing_without_plans(upcast):
+    _, found = _plans("t4", "l4")
+    found.fit({"unet": UNet2DConfig(), "decoder": AutoencoderKLConfig(force_upcast=upcast)})
+    assert [plan.folder for plan in found.plans] == (["portable"] if upcast else ["portable", "sm_75"])
+    assert [arch for arch, _ in found.cubins] == [75, 89]
+    assert any("sm_75: no plans; decoder is for fp32" in note for note in found.notes) == upcast
+    assert any(note.startswith("decoder: in fp32") for note in found.notes) == upcast
+
+
+@pytest.mark.parametrize("skus, precision", [((), "auto"), (("l4",), "fp32")])
+def test_where_nothing_is_in_16_bits_no_precision_needs_a_note(skus, precision):
+    _, found = _plans(*skus, precision=precision)
+    plans = list(found.plans)
+    found.fit({"decoder": AutoencoderKLConfig()})
+    assert not found.notes and found.plans == plans

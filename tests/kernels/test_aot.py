@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from pylumiere.kernels import aot, factorized_conv, launching, norm_affine, spatial_conv, temporal_conv, tuning
+from pylumiere.kernels import (
+    aot,
+    factorized_conv,
+    geglu,
+    launching,
+    layer_norm,
+    norm_affine,
+    spatial_conv,
+    temporal_conv,
+    tuning,
+)
 from pylumiere.kernels.tuning import ARCHITECTURES, SHARED_MEMORY
 
 
@@ -72,11 +82,13 @@ def test_sizes_of_one_compile_as_constants(folder):
         spatial_conv.launch(x, x.new_empty(1, 1, 3, 3), x.new_empty(1), row, row, x, True, statistics=True)
         temporal_conv.launch(x, weight, x.new_empty(1), row, row, x, True)
         norm_affine.launch(norm_affine.launch_statistics(x[0, 0]), 1, row[0], row[0], 1, 1e-5, x[0, 0], x[0, 0])
+        layer_norm.launch(row, row[0], row[0])
+        geglu.launch(row.expand(1, 2))
         half = x.half()
         factorized_conv.launch(half, half.new_empty(1, 1, 3, 3), None, weight.half(), fused=True)
     tasks = [(with_ones_as_constants(launch), 90) for launch in recording.launches]
-    assert len(tasks) == 5
-    assert [facts.get("error") for facts in aot.compile_many(tasks, folder=folder)] == [None] * 5
+    assert len(tasks) == 7
+    assert [facts.get("error") for facts in aot.compile_many(tasks, folder=folder)] == [None] * 7
 
 
 def test_compiled_kernels_are_kept(compiled, folder):

@@ -83,6 +83,13 @@ def test_recording_of_real_tensors_also_runs():
     assert len(recording.launches) == 3
 
 
+def test_questions_about_dtypes_are_no_calls():
+    with launching.record(0) as recording:
+        x = torch.empty(3, dtype=torch.float16, device="meta")
+        x.to(torch.promote_types(x.dtype, torch.float32))
+    assert [call.name for call in recording.calls] == ["aten._to_copy.default"]
+
+
 def test_lifetimes_span_first_write_to_last_read():
     recording = recorded_block(operands("meta"))
     h = recording.buffers[recording.launches[0].args["y_ptr"].buffer]

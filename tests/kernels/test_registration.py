@@ -5,7 +5,9 @@ import torch
 from pylumiere.kernels import (
     denoise_step,
     factorized_conv,
+    geglu,
     groupnorm_silu,
+    layer_norm,
     norm_affine,
     spatial_conv,
     temporal_attention,
@@ -24,6 +26,8 @@ REFERENCES = {
     ops.temporal_conv.default: temporal_conv.reference,
     ops.factorized_conv.default: factorized_conv.reference,
     ops.groupnorm_silu.default: groupnorm_silu.reference,
+    ops.layer_norm.default: layer_norm.reference,
+    ops.geglu.default: geglu.reference,
     ops.temporal_attention.default: temporal_attention.reference,
     ops.denoise_step.default: denoise_step.reference,
 }
@@ -48,6 +52,8 @@ class Net(torch.nn.Module):
         h, _ = temporal_conv.temporal_conv(h, self.second, None, mul, add, silu=True)
         h = factorized_conv.factorized_conv(h, self.second.new_ones(8, 8, 3, 3), None, self.second)
         h = groupnorm_silu.groupnorm_silu(h.flatten(2, 3), self.gamma, self.beta, 2)
+        h = layer_norm.layer_norm(h, self.gamma, self.beta)
+        h = geglu.geglu(torch.cat([h, h.neg()], -1))
         h = temporal_attention.temporal_attention(torch.cat([h, h, h], -1), 2)
         out = h.flatten(2)  # [1, T, P]: the network's output for each frame
         frames = torch.arange(x.shape[1])
@@ -93,6 +99,7 @@ ELSEWHERE = {  # operator, with one tensor on another device than the first
     ),
     "norm_affine: gamma": lambda d: ops.norm_affine(zeros(2, 2, 8), 9, zeros(8, device=d), zeros(8), 2),
     "groupnorm_silu: bias": lambda d: ops.groupnorm_silu(zeros(1, 2, 3, 8), zeros(8), zeros(8, device=d), 2),
+    "layer_norm: bias": lambda d: ops.layer_norm(zeros(2, 3, 8), zeros(8), zeros(8, device=d)),
     "temporal_attention: position": lambda d: ops.temporal_attention(zeros(1, 3, 4, 24), 2, zeros(2, 5, device=d)),
     "temporal_shift: before": lambda d: ops.temporal_shift(
         zeros(1, 2, 3, 8), 8, "both", "zero", zeros(1, 3, 8, device=d)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from support.latent_shift import shifting
 from support.testing import rel_rms
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,30 +181,6 @@ def test_every_layer_returns_contiguous_clips(tiny):
 # ---- Latent-Shift ----------------------------------------------------------------------------------------------------
 
 
-def shifted(x, channels, div, direction, pad):
-    """The shift as a convolution over frames [B, C, T, H, W] with one 1 for each channel."""
-    weight = torch.zeros(channels, 1, 3, 1, 1, dtype=x.dtype)
-    for c in range(channels):
-        tap = {"both": {0: 2, 1: 0}, "causal": {0: 0}}[direction].get(c // (channels // div), 1)
-        weight[c, 0, tap] = 1
-    x = F.pad(x, (0, 0, 0, 0, 1, 1), mode={"zero": "constant"}.get(pad, pad))
-    return F.conv3d(x, weight, groups=channels)
-
-
-def shift_inputs_of_conv1(model: UNet2DConditionModel, batch: int, shift: TemporalShiftConfig) -> int:
-    """Shifts what the first convolution of each residual block reads. Returns the number of blocks."""
-
-    def hook(conv, args):
-        clips = args[0].unflatten(0, (batch, -1)).transpose(1, 2)
-        moved = shifted(clips, conv.in_channels, shift.div, shift.direction, shift.pad)
-        return (moved.transpose(1, 2).flatten(0, 1),)
-
-    blocks = [module for module in model.modules() if type(module).__name__ == "ResnetBlock2D"]
-    for block in blocks:
-        block.conv1.register_forward_pre_hook(hook)
-    return len(blocks)
-
-
 @pytest.mark.parametrize(
     "shift",
     [
@@ -220,11 +196,11 @@ def shift_inputs_of_conv1(model: UNet2DConditionModel, batch: int, shift: Tempor
 def test_latent_shift_is_diffusers_with_shifted_inputs_of_conv1(shift, frames):
     model = random_diffusers(CASES["sd2"]).double()
     network, given = ours(model, shift), inputs(model, frames=frames, dtype=torch.double)
-    plain = ours(model)(*given)
-    assert shift_inputs_of_conv1(model, 2, shift) == 2 * 3 + 2 + 3 * 3, "down, middle, up"
     result = network(*given)
-    assert rel_rms(result, frame_by_frame(model, *given)) < 1e-10
-    assert rel_rms(result, plain) > 1e-2
+    with shifting(model, frames, shift) as blocks:
+        assert blocks == 2 * 3 + 2 + 3 * 3, "down, middle, up"
+        assert rel_rms(result, frame_by_frame(model, *given)) < 1e-10
+    assert rel_rms(result, frame_by_frame(model, *given)) > 1e-2
 
 
 @torch.no_grad()

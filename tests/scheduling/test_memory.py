@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from pylumiere.config import AutoencoderKLConfig
 from pylumiere.networks.stunet.presets import model_preset
 from pylumiere.scheduling.memory import MARGIN_BYTES, _LiveBytes, activation_bytes, peak_resident_bytes, resident_bytes
 
@@ -38,6 +39,13 @@ def test_peak_follows_shapes_and_dtype():
     assert 1.9 < count(2, 4, 32, 32) / one < 2.1
     assert 3.8 < count(1, 4, 64, 64) / one < 4.2
     assert 0.45 < count(1, 4, 32, 32, dtype=torch.bfloat16) / one < 0.55
+
+
+def test_a_decoder_in_float32_counts_as_such():
+    wide, narrow = (AutoencoderKLConfig((8, 16), norm_num_groups=4, force_upcast=upcast) for upcast in (True, False))
+    sizes = (1, 2, 32, 32)
+    assert activation_bytes(wide, *sizes, torch.bfloat16) == activation_bytes(narrow, *sizes, torch.float32)
+    assert activation_bytes(narrow, *sizes, torch.bfloat16) < activation_bytes(narrow, *sizes, torch.float32)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell them apart")

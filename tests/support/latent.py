@@ -34,7 +34,7 @@ def latent_config() -> ModelConfig:
     return ModelConfig(
         "latent",
         (StageConfig("unet", network, schedule, SamplerConfig("ddim", 3, 2.0)),),
-        DecoderConfig(AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4)),
+        DecoderConfig(AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4), 2, tile=8, tile_overlap=0),
         text_encoder="hash",
         text_tokens=6,
     )

@@ -119,3 +119,10 @@ def write_random_model(folder: Path, config: ModelConfig | None = None, seed: in
     networks = {name: random_weights(network, seed + i) for i, (name, network) in enumerate(config.networks.items())}
     save_checkpoint(folder, config, networks)
     return folder
+
+
+def psnr(actual: Any, expected: Any) -> float:
+    """Decibels of two clips of floats in 0..1; infinity for equal ones."""
+    actual, expected = (torch.as_tensor(clip, dtype=torch.float64) for clip in (actual, expected))
+    assert actual.shape == expected.shape
+    return -10 * (actual - expected).square().mean().log10().item()

@@ -214,23 +214,32 @@ class TextEncoder(_Strict):
     Attributes:
         kind: "minilm", "t5", "clip", or "hash", which needs no files.
         width: of one token's embedding; the length is the model config's text_tokens.
-        tokenizer: a tokenizers JSON file; its padding and truncation are set by the loader.
-        pad_token: number that fills up short prompts.
-        weights: safetensors for the torch backend, if any. The artefacts of stage "text" are for the others: inputs
-            input_ids and attention_mask, int64 [N, L]; output embeddings [N, L, D].
+        tokenizer: a tokenizers JSON file; its truncation and the length that it fills up to are set by the loader.
+        pad_token: not read: the tokenizer's own file says what fills up short prompts.
+        config: of "clip" alone: a JSON file with the fields of `networks.text.clip.ClipTextConfig`.
+        weights: safetensors for the torch backend, if any. The artefacts of stage "text" are for the others: input
+            input_ids, and attention_mask where the encoder reads it, int64 [N, L]; output embeddings [N, L, D].
     """
 
     kind: Literal["minilm", "t5", "clip", "hash"]
     width: Annotated[int, Field(ge=1, le=65536)]
     tokenizer: BundlePath | None = None
     pad_token: Annotated[int, Field(ge=0, le=2**31)] = 0
+    config: BundlePath | None = None
     weights: BundlePath | None = None
 
     @model_validator(mode="after")
-    def _has_tokenizer(self) -> TextEncoder:
+    def _has_its_files(self) -> TextEncoder:
         if (self.tokenizer is None) != (self.kind == "hash"):
             raise ValueError(f"text encoder {self.kind} {'has no' if self.kind == 'hash' else 'needs a'} tokenizer")
+        if (self.config is None) != (self.kind != "clip"):
+            raise ValueError(f"text encoder {self.kind} {'needs a' if self.kind == 'clip' else 'has no'} config")
         return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that it names."""
+        return tuple(path for path in (self.tokenizer, self.config, self.weights) if path is not None)
 
 
 class Manifest(_Strict):
@@ -304,7 +313,7 @@ class Manifest(_Strict):
 
     def _named(self) -> Iterable[str]:
         yield from self.weights.values()
-        yield from (path for path in (self.text.tokenizer, self.text.weights) if path is not None)
+        yield from self.text.files
         for artefact in self.artefacts:
             yield from artefact.files
 

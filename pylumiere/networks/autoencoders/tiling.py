@@ -49,10 +49,15 @@ def decode_tiled(
     return frames
 
 
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles of a side begin."""
+    last = max(0, side - tile)
+    return [*range(0, last, tile - overlap), last]
+
+
 def _cut(side: int, tile: int, overlap: int, scale: int, device: torch.device) -> list[tuple[int, Tensor]]:
     """Where tiles start along one side, and the weights of their pixels; at each pixel those of all tiles sum to 1."""
-    step, tile = tile - overlap, min(tile, side)
-    starts = [*range(0, side - tile, step), side - tile]
+    starts, tile = tile_starts(side, tile, overlap), min(tile, side)
     pixels = torch.arange(side * scale, device=device) + 0.5
     first = torch.tensor(starts, device=device)[:, None] * scale
     # The distance to a tile's nearer end. Where two tiles overlap by half or less, their distances to the ends that lie

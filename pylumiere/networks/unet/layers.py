@@ -165,7 +165,7 @@ class Attention(nn.Module):
             k, v = (ops.matmul(text, to.weight, None) for to in (self.to_k, self.to_v))
         parts = [t.view(sequences, -1, channels) for t in (ops.linear(x, self.to_q.weight, None), k, v)]
         if self.upcast:
-            parts = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in parts]
+            parts = [ops.upcast(t) for t in parts]
         h = ops.attention(*parts, self.num_heads, mask).to(x.dtype).view(x.shape)
         (out,) = self.to_out
         return ops.linear(h, out.weight, out.bias, residual=residual)

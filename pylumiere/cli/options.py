@@ -9,13 +9,14 @@ import typer
 
 from pylumiere.errors import InvalidRequest
 
-Model = Annotated[str, typer.Option(help="A shipped model's name (demo), a model folder or a bundle (name.plm).")]
+Model = Annotated[str, typer.Option(help="demo, a model folder (ours or of diffusers), or a bundle (name.plm).")]
 Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Key = Annotated[str | None, typer.Option(help="Public key in PEM: only a bundle that it signed is taken.")]
+MemoryBudget = Annotated[str | None, typer.Option(help="Most memory of the engine, such as 4GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
-Window = Annotated[int | None, typer.Option(help="Frames of a super-resolution window.")]
+Window = Annotated[int | None, typer.Option(help="Frames of a window, of super-resolution or of the only network.")]
 Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring windows share.")]
 
 

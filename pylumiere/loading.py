@@ -205,7 +205,7 @@ def shift_config(value: Any) -> TemporalShiftConfig | None:
             raise ValueError(f"should be a number such as 8, or an object, not {type(value).__name__}")
         return TemporalShiftConfig.from_dict(value if isinstance(value, dict) else {"div": value})
     except ValueError as error:
-        raise InvalidRequest(f"temporal_shift: {error}") from None
+        raise InvalidRequest(f"temporal_shift: {str(error).removeprefix('temporal_shift: ')}") from None
 
 
 def make_backend(model: Model, choice: Choice) -> TorchBackend:

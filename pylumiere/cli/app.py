@@ -30,8 +30,9 @@ _OPTIONS = {
     "num_inference_steps": "--steps", "guidance_scale": "--guidance", "window_frames": "--window",
     "window_overlap": "--overlap",
     "style_strength": "--style-strength", "temporal_shift": "--temporal-shift",
+    "memory_budget": "--memory-budget",
     **{name: f"--{name}" for name in ("fps", "seed", "sampler", "image", "video", "mask", "strength")},
-    **{name: f"--{name}" for name in ("keyframes", "expand", "fit", "style", "loop")},
+    **{name: f"--{name}" for name in ("keyframes", "expand", "fit", "style", "lora", "loop")},
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pylumiere.cli.options import (
     Device,
     Json,
     Key,
+    MemoryBudget,
     Model,
     Overlap,
     Precision,
@@ -46,6 +47,7 @@ def generate(
     device: Device = "auto",
     precision: Precision = "auto",
     key: Key = None,
+    memory_budget: MemoryBudget = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the base network.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp_2m or euler.")] = None,
@@ -99,7 +101,7 @@ def generate(
             loop=loop,
             window_frames=window, window_overlap=overlap, callback_on_step_end=bars.callback, **given,
         )  # fmt: skip
-        engine = _load(model, backend, device, precision, key, temporal_shift)
+        engine = _load(model, backend, device, precision, key, memory_budget, temporal_shift)
         loaded = time.monotonic()
         output = _picture_or_clip(output, request, engine)
         if stream:
@@ -123,6 +125,7 @@ def upscale(
     device: Device = "auto",
     precision: Precision = "auto",
     key: Key = None,
+    memory_budget: MemoryBudget = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the super-resolution network.")] = None,
     seed: Seed = 0,
     fps: Annotated[float | None, typer.Option(help="Frames a second; the input's own if not given.")] = None,
@@ -141,7 +144,7 @@ def upscale(
     if loop and source == PIPE:
         raise InvalidRequest("--loop needs an input whose length is known; - is a pipe")
     with VideoReader(source) as reader, Bars() as bars:
-        engine = _load(model, backend, device, precision, key)
+        engine = _load(model, backend, device, precision, key, memory_budget)
         loaded = time.monotonic()
         chunks = engine.upscale(
             reader, fps=fps or reader.fps, num_frames=None if source == PIPE else reader.num_frames, seed=seed,
@@ -153,11 +156,12 @@ def upscale(
     _report(output, sheet, metadata, seconds, as_json, True)
 
 
-def _load(model: str, backend: str, device: str, precision: str, key: str | None, temporal_shift: int | None = None):
+def _load(model: str, backend: str, device: str, precision: str, key: str | None, memory_budget: str | None,
+          temporal_shift: int | None = None):  # fmt: skip
     from pylumiere.engine import Engine
 
     return Engine.load(model, backend=backend, device=device, precision=precision, trusted_key=key,
-                       temporal_shift=temporal_shift)  # fmt: skip
+                       memory_budget=memory_budget, temporal_shift=temporal_shift)  # fmt: skip
 
 
 def _picture_or_clip(output: str | None, request, engine) -> str:

@@ -16,12 +16,9 @@ Backend = Annotated[str, typer.Option(help="auto or a backend's name; see doctor
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Key = Annotated[str | None, typer.Option(help="Public key in PEM: only a bundle that it signed is taken.")]
-TemporalShift = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="For a picture model: a clip by shifting 1/N of the channels each way; 8."),
-]
+MemoryBudget = Annotated[str | None, typer.Option(help="Most memory of the engine, such as 4GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
-Window = Annotated[int | None, typer.Option(help="Frames of a super-resolution window.")]
+Window = Annotated[int | None, typer.Option(help="Frames of a window, of super-resolution or of the only network.")]
 Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring windows share.")]
 
 TemporalShift = Annotated[

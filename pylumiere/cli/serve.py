@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pylumiere.cli.options import Backend, Device, Key, Model, Precision, TemporalShift
+from pylumiere.cli.options import Backend, Device, Key, MemoryBudget, Model, Precision, TemporalShift
 from pylumiere.errors import InvalidRequest
 
 
@@ -26,7 +26,7 @@ def serve(
     key: Key = None,
     temporal_shift: TemporalShift = None,
     loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that requests may name.")] = None,
-    memory_budget: Annotated[str | None, typer.Option(help="Of the engine, such as 4GiB.")] = None,
+    memory_budget: MemoryBudget = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Jobs in the engine at once.")] = 4,
     queue_limit: Annotated[int, typer.Option(min=1, max=10**6, help="Jobs that wait; more get 429.")] = 256,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "12MiB",

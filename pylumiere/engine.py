@@ -415,6 +415,8 @@ class Engine:
 
     def _ordered(self, request: GenerationRequest) -> tuple[Order, dict[str, Any]]:
         plan = plan_request(request, self.config)
+        if plan.task.initial is not None and self.config.decoder is not None:
+            self._backend.check_encoder()
         if self._choice.device.type == "cpu":
             plan = plan.grouped(self._lanes)  # a lane decodes one frame at a time; more would only leave later
         if (adapters := self._adapters(plan)) is not None:
@@ -509,10 +511,12 @@ class Engine:
         last = order.last
         kept = last.windows.num_frames if buffer_frames is None else buffer_frames + last.windows.window
         own += kept * math.prod(last.frame_shape) * (1 if request.output_type == "uint8" else 4)
+        # Clips that go on to the next stage as a whole, once more while they are joined.
+        whole = [stage for stage in order.stages[:-1] if not order.is_streamed(stage)]
         if order.plan is not None:
-            first = order.plan.first
-            # Its frames, once more while they are joined.
-            own += 4 * 2 * order.plan.num_frames * math.prod(first.frame_shape) + order.plan.task.num_bytes
+            whole = whole or [order.plan.first]
+            own += order.plan.task.num_bytes
+        own += max((4 * 2 * stage.windows.num_frames * math.prod(stage.frame_shape) for stage in whole), default=0)
         return Need(int(own * OWN_FACTOR), calls)
 
     def _clip_bytes(self, stage: StagePlan | DecoderPlan) -> int:

@@ -431,7 +431,7 @@ class ArtefactBackend:
         shape = (*latents.shape[:2], height, width, network.out_channels)
         return self._call(DECODER, {"latents": latents}, shape, num_threads)
 
-    def encode(self, frames: Tensor, *, num_threads: int | None = None) -> Tensor:
+    def check_encoder(self) -> None:
         """Raises InvalidRequest: graphs are built of decoders alone."""
         raise InvalidRequest(
             "this backend has no encoder for pictures and clips, only the decoder; load the model with backend='torch'"

@@ -18,6 +18,7 @@ from pylumiere.backends.cpu_ops import CpuOps
 from pylumiere.checkpoints.adapters import AdapterChoice, fingerprint
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import DECODER
+from pylumiere.errors import InvalidRequest
 from pylumiere.networks.families import AnyConfig, build_network, computing_dtype
 from pylumiere.networks.ops import PlainOps
 
@@ -131,6 +132,11 @@ class TorchBackend:
 
     def check(self, stage: str, shape: tuple[int, ...]) -> None:
         """Raises InvalidRequest where a sample of this shape cannot be computed; here every one can."""
+
+    def check_encoder(self) -> None:
+        """Raises InvalidRequest where `encode` cannot be called: the decoder's family has no encoder."""
+        if not hasattr(self._networks[DECODER], "encode"):
+            raise InvalidRequest("this model's decoder has no encoder beside it, so no clip can start from a video")
 
 
 def channels_last(weight: Tensor) -> Tensor:

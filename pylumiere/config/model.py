@@ -139,10 +139,12 @@ class ModelConfig(Config):
         names = [stage.name for stage in self.stages]
         check(len(set(names)) == len(names), f"two stages have one name: {', '.join(names)}")
         first = self.first.network
+        makes_pixels = first.out_channels == COLOURS
+        allowed = f"alone, or {2 * COLOURS + 1} with given pixels and their mask" if makes_pixels else "alone"
         check(
-            first.takes_given or first.given_channels == 0,
+            first.given_channels == 0 or (first.takes_given and makes_pixels),
             f"stage {self.first.name} takes {first.in_channels} channels and gives {first.out_channels}: the first "
-            f"stage takes the noisy ones alone, or {2 * first.out_channels + 1} with given pixels and their mask",
+            f"stage takes the noisy ones {allowed}",
         )
         for before, stage in itertools.pairwise(self.stages):
             _check_follows(before, stage)

@@ -184,6 +184,14 @@ class Plan:
         """The first stage's whole clip [T, h, w, C] as the next one gets it."""
         return from_calmest(low) if self.request.loop and self.task.is_free else low
 
+    def delivered(self, start: int, frames: np.ndarray) -> np.ndarray:
+        """The last stage's final frames from `start` on, [n, H, W, C], as the user gets them: with the user's own pixels
+        in their places; latents as the decoder would get them."""
+        if self.request.output_type == "latent":
+            return self.handed_on(frames) if len(self.stages) == 1 else frames  # those of a loop come all at once
+        kept = self.task.kept
+        return frames if kept is None else kept.compose(start, frames)
+
 
 def size_step(config: ModelConfig, first: int = 0) -> int:
     """Height and width of a result are multiples of this, where the stages from `first` on run."""

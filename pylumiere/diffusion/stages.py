@@ -100,7 +100,7 @@ class Pipeline:
     def embed(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Text rows [G, L, D] and mask [G, L]: the prompt, and for guidance what to lead away from."""
         prompts = [plan.request.prompt]
-        if plan.first.is_guided:
+        if any(stage.is_guided for stage in plan.stages):
             prompts.append(plan.request.negative_prompt)
         return self.encoder.encode(prompts)
 

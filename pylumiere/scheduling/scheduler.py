@@ -60,6 +60,7 @@ class _Work:
     tasks_done: int = 0
     begun: float = 0.0
     is_paused: bool = False
+    wanted: int = 0  # frames of the stage before that must be there before it can go on
     taken: int = 0  # final frames taken from the sampler
 
 
@@ -427,7 +428,7 @@ class Scheduler:
         if not bucket.runs:
             bucket.service = max(bucket.service, self._served)
         work.run, work.bucket, work.handle = run, bucket, bucket.add(run)
-        work.tasks_done, work.taken, work.begun, work.is_paused = 0, 0, time.monotonic(), False
+        work.tasks_done, work.taken, work.wanted, work.begun, work.is_paused = 0, 0, 0, time.monotonic(), False
 
     def _bucket(self, shape: CallShape) -> Bucket:
         spare = self._buckets.get(replace(shape, owner=SPARE)) if shape.owner else None
@@ -492,20 +493,25 @@ class Scheduler:
             self._pause(work)
 
     def _ask_for(self, work: _Work, wanted: int) -> None:
-        """Asks whoever follows the job to read more of its input; frames of the stage before come by themselves."""
-        if work.run.feed is None or work.run.feed is not work.job._order.feed:
+        """Asks for more of a clip's input: whoever follows the job reads it, or the stage before makes it."""
+        if work.run.feed is None:
             return
         with self.lock:
-            work.job._frames_wanted = wanted
-            work.job._changed.notify_all()
+            if work.run.feed is work.job._order.feed:
+                work.job._frames_wanted = wanted
+                work.job._changed.notify_all()
+            elif wanted > work.wanted:
+                work.wanted = wanted
+                self._is_dirty = True  # the stage before may be at rest
 
     def _pause(self, work: _Work) -> None:
         """A clip rests while its reader has frames to take, or its callback has not returned."""
         job = work.job
         with self.lock:
             rests = bool(job._steps_ended) or (work.run.stage is job._order.last and not job._has_room())
-        if work.follower is not None:  # not further ahead of it than a few windows
-            rests = rests or work.feed.backlog > 4 * work.run.stage.windows.window
+        if work.follower is not None:  # not further ahead of it than a few windows, unless it waits for more
+            is_ahead = work.feed.backlog > 4 * work.run.stage.windows.window and work.feed.has(work.follower.wanted)
+            rests = rests or is_ahead
         if rests != work.is_paused:
             work.bucket.sampler.set_paused(work.handle, rests)
             work.is_paused = rests
@@ -617,18 +623,15 @@ class Scheduler:
             if final is not None:
                 start, frames = final
                 work.taken += len(frames)
-                task = None if order.plan is None else order.plan.task
-                if task is not None and stage is order.stages[0]:
-                    frames = task.settle(start, frames)
+                if order.plan is not None and stage is order.stages[0]:
+                    frames = order.plan.task.settle(start, frames)
                 if work.follower is not None:
                     for frame in frames:
                         work.feed.put(frame)
                 elif not is_last:
                     work.low.append(frames)
-                elif task is None or task.kept is None:
-                    job._deliver(frames)
                 else:
-                    job._deliver(task.kept.compose(start, frames))
+                    job._deliver(frames if order.plan is None else order.plan.delivered(start, frames))
         if not sampler.is_finished(handle) or work.taken < sampler.frames_final(handle):
             return
         with self.lock:

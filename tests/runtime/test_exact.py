@@ -5,21 +5,16 @@ EXACT_CASES=5000 pytest tests/runtime/test_exact.py draws more random cases than
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support import offline
 
 from pylumiere.diffusion.windows import BatchSampler, FrameBuffer, WindowPlan, memory_bytes, sample_clip
-
-_spec = importlib.util.spec_from_file_location("offline", Path(__file__).with_name("offline.py"))
-offline = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(offline)
 
 F32 = np.float32
 SHAPE = (1, 2, 3)

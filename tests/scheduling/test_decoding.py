@@ -1,138 +1,216 @@
-"""The decoder as a stage: groups and their order, a budget that makes them smaller, and memory as it was planned."""
+"""The decoder's calls by themselves: which frames stand in a call, whose they are, and what becomes of its result."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import dataclasses
 
 import numpy as np
 import pytest
-import torch
+from support.testing import write_random_model
+from support.toy import latent_model
+from support.whole_clip import decoded
 
-from pylumiere.diffusion.windows import NonFiniteOutput, WindowPlan
-from pylumiere.engine import Engine
-from pylumiere.errors import BudgetExceeded
-from pylumiere.request import GenerationRequest
-from pylumiere.scheduling.decoding import GroupSampler
+from pylumiere.backends.choice import choose
+from pylumiere.backends.torch import TorchBackend
+from pylumiere.checkpoints.native import load_checkpoint
+from pylumiere.diffusion.plan import DecoderPlan
+from pylumiere.diffusion.stages import Feed, StageRun
+from pylumiere.diffusion.windows import FrameBuffer, NonFiniteOutput, WindowPlan
+from pylumiere.errors import InvalidRequest
+from pylumiere.scheduling.batching import call_shape
+from pylumiere.scheduling.decoding import DecodeBucket, GroupSampler
 
-FIELDS = {"prompt": "a dog", "seed": 7, "num_inference_steps": 2, "guidance_scale": 1.0}
+CONFIG = latent_model()
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_sd):
-    """Two lanes, also where the environment allows one thread; a decoder's group is then two frames at most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    engine = Engine.load(tiny_sd(sd2=False)[1], precision="fp32", temporal_shift=8, memory_budget=2**40)
-    torch.set_num_threads(before)
-    with engine:
-        yield engine
+def checkpoint(tmp_path_factory):
+    return load_checkpoint(write_random_model(tmp_path_factory.mktemp("model"), CONFIG))
 
 
-def group_of(engine, request):
-    return engine._ordered(request)[0].last.windows.window
+@pytest.fixture(scope="module")
+def backend(checkpoint):
+    return TorchBackend(checkpoint, choose("torch", "cpu", "fp32"))
 
 
-def test_groups_of_clips_take_turns_and_leave_in_order():
-    sampler = GroupSampler()
-    first, second = sampler.add(WindowPlan(5, 2, 0)), sampler.add(WindowPlan(3, 2, 0))
-    order = [sampler.hand_out() for _ in range(5)]
-    assert order == [(first, range(0, 2)), (second, range(0, 2)), (first, range(2, 4)), (second, range(2, 3)),
-                     (first, range(4, 5))]  # fmt: skip
-    assert sampler.hand_out() is None and not sampler.is_finished(second)
-    assert sampler.take_final(first) is None
-    for handle, frames in order:
-        sampler.put(handle, np.full((len(frames), 1, 1, 3), frames.start, np.float32))
-    start, frames = sampler.take_final(first)
-    assert start == 0 and frames[:, 0, 0, 0].tolist() == [0, 0, 2, 2, 4]
-    assert sampler.is_finished(first) and sampler.frames_final(second) == 3
+def plan_of(num_frames, group=3):
+    return DecoderPlan(CONFIG.decoder, WindowPlan(num_frames, min(group, num_frames), 0), 12, 8)
 
 
-def test_a_clip_that_rests_is_given_no_group():
-    sampler = GroupSampler()
-    first, second = sampler.add(WindowPlan(2, 1, 0)), sampler.add(WindowPlan(2, 1, 0))
-    sampler.set_paused(first, True)
-    assert [sampler.hand_out()[0] for _ in range(2)] == [second, second] and sampler.hand_out() is None
-    sampler.set_paused(first, False)
-    assert sampler.hand_out() == (first, range(0, 1))
+def bucket_of(backend, plan, fixed_batch=False):
+    return DecodeBucket(backend, CONFIG.decoder, call_shape(plan), fixed_batch=fixed_batch)
 
 
-def test_a_budget_between_makes_the_decoders_groups_smaller_and_the_same_bytes(engine, monkeypatch):
-    request = GenerationRequest(**FIELDS, num_frames=3, height=64, width=64)
-    expected, budget = engine.generate(request).frames, engine._scheduler.budget
-    order = engine._ordered(request)[0]
-    large = budget.total([engine._need(order, request, None)])
-    monkeypatch.setattr(budget, "limit", large - 1)
-    small = budget.total([engine._need(engine._ordered(request)[0], request, None)])
-    assert small < large and (order.last.windows.window, group_of(engine, request)) == (2, 1)
-    for limit in (large - 1, small):
-        monkeypatch.setattr(budget, "limit", limit)
-        assert engine.generate(request).frames.tobytes() == expected.tobytes()
-    chunks = list(engine.stream(request))
-    assert np.concatenate([chunk.frames for chunk in chunks]).tobytes() == expected.tobytes()
-    monkeypatch.setattr(budget, "limit", small - 1)
-    for ask in (engine.generate, engine.submit):
-        with pytest.raises(BudgetExceeded, match=rf"memory_budget={small - 1} bytes: {small} are needed \(weights "
-                           r"\d+, process \d+, request \d+, unet \d+, decoder \d+\)"):  # fmt: skip
-            ask(request)
+def latents(num_frames, seed=0):
+    return np.random.default_rng(seed).normal(size=(num_frames, 6, 4, 4)).astype(np.float32)
 
 
-def test_what_is_planned_grows_with_frames_and_size(engine):
-    def planned(**fields):
-        request = GenerationRequest(**{**FIELDS, **fields})
-        return engine._need(engine._ordered(request)[0], request, None)
-
-    def calls(need):
-        return {shape.stage: size.activations for shape, size in need.calls.items()}
-
-    small, long, large = planned(num_frames=8), planned(num_frames=32), planned(num_frames=8, height=64, width=64)
-    assert calls(small).keys() == {"unet", "decoder"}
-    assert calls(long)["unet"] > calls(small)["unet"] and calls(long)["decoder"] == calls(small)["decoder"]
-    assert calls(large)["unet"] > calls(small)["unet"] and calls(large)["decoder"] > calls(small)["decoder"]
-    assert long.own > 2 * small.own and large.own > 10 * small.own
+def compute(bucket, by_frame=True):
+    """The current call, a frame at a time or whole; what `complete` gives."""
+    bucket.fill()
+    rows = bucket.call.rows
+    for first in range(rows) if by_frame else (0,):
+        bucket.compute(slice(first, first + 1 if by_frame else rows), 1)
+    return bucket.complete()
 
 
-def test_nan_of_the_decoder_names_its_frames(engine, monkeypatch):
-    inner = engine._backend.decode
-
-    def decode(latents, **options):
-        frames = inner(latents, **options)
-        return frames * torch.nan if (latents == marked).all() else frames
-
-    latents = engine.generate(**FIELDS, num_frames=5, output_type="latent").frames
-    marked = torch.from_numpy(latents[3])
-    monkeypatch.setattr(engine._backend, "decode", decode)
-    delivered = []
-    with pytest.raises(NonFiniteOutput, match="the decoder gave NaN or infinity in frames 2 to 3"):
-        for chunk in engine.stream(**FIELDS, num_frames=5):
-            delivered.append(len(chunk.frames))
-    assert sum(delivered) == 2
+def taken(bucket, handle):
+    start, frames = bucket.sampler.take_final(handle)
+    return start, len(frames)
 
 
-MEASURE = """
-import sys, threading
-import torch
-torch.set_num_threads(2)
-from pylumiere.engine import Engine
-from pylumiere.scheduling.memory import peak_resident_bytes
+@pytest.mark.parametrize("fixed_batch", [False, True])
+@pytest.mark.parametrize(("num_frames", "group"), [(8, 3), (9, 3), (1, 3), (5, 5), (4, 1)])
+def test_groups_follow_each_other_without_a_gap(backend, checkpoint, num_frames, group, fixed_batch):
+    plan, given = plan_of(num_frames, group), latents(num_frames)
+    bucket = bucket_of(backend, plan, fixed_batch)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(given)))
+    pieces, sizes = [], []
+    while not bucket.sampler.is_finished(handle):
+        assert bucket.extend(handle) == 0 and bucket.frames_missing() == 0
+        call = bucket.begin()
+        sizes.append((call.batch.num_tasks, call.batch.count, call.rows))
+        assert compute(bucket, by_frame=not fixed_batch) == []
+        pieces.append(bucket.sampler.take_final(handle))
+    assert bucket.begin() is None
+    counts = [min(group, num_frames - first) for first in range(0, num_frames, group)]
+    assert sizes == [(1, count, min(group, num_frames) if fixed_batch else count) for count in counts]
+    assert [(start, len(frames)) for start, frames in pieces] == list(
+        zip(range(0, num_frames, group), counts, strict=True)
+    )
+    result = np.concatenate([frames for _, frames in pieces])
+    assert np.abs(result - decoded(checkpoint.weights["decoder"]["mix"], given, 2)).max() < 1e-6
+    assert bucket.sampler.frames_final(handle) == num_frames and bucket.sampler.take_final(handle) is None
 
-with Engine.load(sys.argv[1], precision="fp32", temporal_shift=8, memory_budget=2**40) as engine:
-    fields = dict(num_inference_steps=2, num_frames=16, height=64, width=64)
-    planned, jobs = 0, [engine.submit("a dog", seed=seed, **fields) for seed in range(int(sys.argv[2]))]
-    while not all(job.done for job in jobs):
-        planned = max(planned, engine.metrics()["memory"]["planned"])
-        threading.Event().wait(0.002)
-    for job in jobs:
-        job.result()
-    print(planned, peak_resident_bytes(), engine.metrics()["memory"]["resident"])
-"""
+
+def test_frames_that_nobody_took_leave_together_and_in_order(backend):
+    plan = plan_of(8)
+    bucket = bucket_of(backend, plan)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(latents(8))))
+    for _ in range(2):
+        bucket.begin()
+        compute(bucket)
+    start, frames = bucket.sampler.take_final(handle)
+    again = bucket_of(backend, plan)
+    other = again.add(StageRun(plan, 1, source=FrameBuffer(latents(8))))
+    pieces = []
+    for _ in range(2):
+        again.begin()
+        compute(again)
+        pieces.append(again.sampler.take_final(other)[1])
+    assert start == 0 and np.array_equal(frames, np.concatenate(pieces))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_resident_memory_stays_under_what_was_planned(tiny_sd, at_once):
-    command = [sys.executable, "-P", "-c", MEASURE, str(tiny_sd(sd2=False)[1]), str(at_once)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    planned, peak, _ = map(int, done.stdout.split())
-    assert peak < planned
+def test_latents_are_let_go_of_when_they_are_decoded(backend):
+    plan, source = plan_of(8), FrameBuffer(iter(latents(8)))
+    bucket = bucket_of(backend, plan)
+    bucket.add(StageRun(plan, 1, source=source))
+    held = []
+    for _ in range(3):
+        bucket.begin()
+        compute(bucket)
+        held.append(len(source))
+    assert held == [0, 0, 0], "read no further than the group, and kept no longer"
+
+
+def test_clips_take_turns_and_a_paused_one_rests():
+    sampler, plan = GroupSampler(), WindowPlan(6, 2, 0)
+    one, two = sampler.add(plan), sampler.add(plan)
+    assert sampler.hand_out() == (one, range(0, 2)) and sampler.hand_out() == (two, range(0, 2))
+    sampler.set_paused(one, True)
+    assert sampler.hand_out() == (two, range(2, 4)) and sampler.hand_out() == (two, range(4, 6))
+    assert sampler.hand_out() is None and sampler.next_frames(two) is None
+    sampler.set_paused(one, False)
+    assert sampler.hand_out() == (one, range(2, 4))
+
+
+def test_a_clip_that_is_removed_while_it_is_decoded_is_forgotten(backend):
+    plan = plan_of(8)
+    bucket = bucket_of(backend, plan)
+    gone, stays = (bucket.add(StageRun(plan, seed, source=FrameBuffer(latents(8, seed)))) for seed in (1, 2))
+    bucket.begin()
+    bucket.fill()
+    bucket.remove(gone)
+    bucket.compute(slice(0, 3), 1)
+    assert bucket.complete() == [] and bucket.call is None and list(bucket.runs) == [stays]
+    bucket.begin()
+    bucket.remove(stays)
+    assert compute(bucket) == [] and not bucket.runs, "removed before it was filled"
+
+
+def test_frames_that_are_not_there_yet_are_asked_for(backend):
+    plan, feed, given = plan_of(8), Feed(), latents(8)
+    bucket = bucket_of(backend, plan)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(feed), feed=feed))
+    for first, end in ((0, 3), (3, 6), (6, 8)):
+        for frame in given[first:end]:
+            assert bucket.extend(handle) == end
+            feed.put(frame)
+        assert bucket.extend(handle) == 0
+        bucket.begin()
+        compute(bucket)
+    assert bucket.extend(handle) == 0 and bucket.sampler.is_finished(handle)
+
+
+def test_an_input_that_ends_too_early_is_named(backend):
+    plan, feed = plan_of(8), Feed()
+    bucket = bucket_of(backend, plan)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(feed), feed=feed))
+    feed.put(latents(1)[0])
+    feed.end()
+    assert bucket.extend(handle) == 0
+    bucket.begin()
+    with pytest.raises(InvalidRequest, match="the input ended after 1 of 8 frames"):
+        bucket.fill()
+
+
+def test_what_is_not_finite_is_named_and_takes_only_its_clip(backend):
+    plan, wrong = plan_of(8), latents(8)
+    wrong[4, 2, 1, 3] = np.nan
+    bucket = bucket_of(backend, plan)
+    handle, other = (bucket.add(StageRun(plan, 1, source=FrameBuffer(given))) for given in (wrong, latents(8)))
+    failed = []
+    for _ in range(4):
+        bucket.begin()
+        failed += compute(bucket)
+    ((clip, error),) = failed
+    assert clip == handle and isinstance(error, NonFiniteOutput) and error.window == 1
+    assert str(error) == "the decoder gave NaN or infinity in frames 3 to 5"
+    assert list(bucket.runs) == [other] and taken(bucket, other) == (0, 6)
+
+
+def test_an_error_in_one_frame_is_the_clips(backend):
+    plan = plan_of(8)
+    bucket = bucket_of(backend, plan)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(latents(8))))
+    call = bucket.begin()
+    bucket.fill()
+    call.errors[1] = MemoryError("no room")
+    ((clip, error),) = bucket.complete()
+    assert clip == handle and isinstance(error, MemoryError) and not bucket.runs
+
+
+def test_a_warm_up_decodes_in_the_shape_of_a_part(backend, monkeypatch):
+    shapes, decode = [], backend.decode
+    monkeypatch.setattr(
+        backend, "decode", lambda x, **options: (shapes.append(tuple(x.shape)), decode(x, **options))[1]
+    )
+    bucket = bucket_of(backend, plan_of(8))
+    bucket.warm_up(1, 1)
+    bucket.warm_up(1, None)
+    assert shapes == [(1, 1, 6, 4, 4), (1, 3, 6, 4, 4)] and bucket.graph_sizes() == []
+
+
+def test_large_frames_are_cut_into_tiles(backend, checkpoint, monkeypatch):
+    shapes, decode = [], backend.decode
+    monkeypatch.setattr(backend, "decode", lambda x, **options: (shapes.append(x.shape[2:4]), decode(x, **options))[1])
+    config = dataclasses.replace(CONFIG.decoder, tile=8, tile_overlap=2)
+    plan = DecoderPlan(config, WindowPlan(1, 1, 0), 2 * 20, 2 * 8)
+    bucket = DecodeBucket(backend, config, call_shape(plan), fixed_batch=False)
+    given = np.random.default_rng(0).normal(size=(1, 20, 8, 4)).astype(np.float32)
+    handle = bucket.add(StageRun(plan, 1, source=FrameBuffer(given)))
+    bucket.begin()
+    assert compute(bucket) == []
+    assert shapes == [(8, 8)] * 3, "at rows 0, 6 and 12"
+    result = bucket.sampler.take_final(handle)[1]
+    assert np.abs(result - decoded(checkpoint.weights["decoder"]["mix"], given, 2)).max() < 1e-6

@@ -1,6 +1,6 @@
 """Compile kernels ahead of time for GPUs that are not here: `python -m pylumiere.kernels.aot --sku all`.
 
-The launches to compile come from recordings on meta tensors: of the shipped networks, each in the number format that
+The launches to compile come from recordings on meta tensors: of the named networks, each in the number format that
 the chip runs them in, and of every operator's `aot_cases` in that format and in float32. What two recordings share is
 compiled once. float16 takes the tiles of bfloat16: `--dtype fp16` compiles it on chips that have both.
 Compilation runs in worker processes without the interpreter, and results are kept in the user's cache folder under a
@@ -62,7 +62,7 @@ def op_launches(arch: int, dtype: torch.dtype, ops: Iterable[str] = OPS) -> dict
 
 
 def network_launches(arch: int, dtype: torch.dtype, networks: Iterable[str] = NETWORKS) -> dict[str, launching.Launch]:
-    """Distinct launches of shipped networks, by kernel and the first network and sizes that need it."""
+    """Distinct launches of named networks, by kernel and the first network and sizes that need it."""
     record = pkgutil.resolve_name(RECORDER)
 
     def named() -> Iterator[tuple[str, launching.Launch]]:

@@ -188,6 +188,8 @@ def aot_cases(dtype: torch.dtype) -> list:
         case(64, 64, 64, fold_next=8, fold_prev=8),
         case(320, 320, 128, k=1),
         case(320, 320, 128, fold_next=40, fold_prev=40),
+        case(640, 640, 16, fold_next=80, fold_prev=80),
+        case(1280, 1280, 8, fold_next=160, fold_prev=160),
         case(320, 640, 128, fused=False, stride=2),
         case(640, 320, 64, fused=False, upsample=2),
         case(1280, 1280, 8),

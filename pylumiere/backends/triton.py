@@ -25,9 +25,10 @@ from pylumiere.kernels import (
     temporal_conv,
 )
 from pylumiere.kernels.implicit_gemm import pack_weight
-from pylumiere.networks.families import AnyConfig, build_network, family_of
+from pylumiere.networks.families import AnyConfig, build_network, computing_dtype, family_of
 from pylumiere.networks.ops import Norm, PlainOps, Shift
 from pylumiere.networks.stunet.presets import stage_preset
+from pylumiere.networks.unet import presets as unet
 
 
 class TritonOps(PlainOps):
@@ -230,8 +231,18 @@ def record_network(
 
 
 def record_preset(name: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> launching.Recording:
-    """`record_network` of a network that `stage_preset` knows by name, such as "stunet-l"."""
-    return record_network(stage_preset(name).network, arch, dtype)
+    """`record_network` of a network by name: of one that `stage_preset` knows, such as "stunet-l", or of a public
+    model's U-Net, "sd-1.5" or "sd-2.1", or of its decoder, "sd-1.5-decoder", for one frame."""
+    model = name.removesuffix("-decoder")
+    if model not in unet.MODELS:
+        return record_network(stage_preset(name).network, arch, dtype)
+    config = unet.model_preset(model)
+    first = config.first.network
+    if name == model:
+        return record_network(first, arch, dtype)
+    decoder = config.decoder.network
+    sizes = {"T": 1, "H": first.height, "W": first.width}
+    return record_network(decoder, arch, computing_dtype(decoder, dtype), sizes=sizes)
 
 
 # ---- the switch ----------------------------------------------------------------------------------------------------

@@ -185,8 +185,8 @@ class Plan:
         return from_calmest(low) if self.request.loop and self.task.is_free else low
 
     def delivered(self, start: int, frames: np.ndarray) -> np.ndarray:
-        """The last stage's final frames from `start` on, [n, H, W, C], as the user gets them: with the user's own pixels
-        in their places; latents as the decoder would get them."""
+        """The last stage's final frames from `start` on, [n, H, W, C], as the user gets them: with the user's own
+        pixels in their places; latents as the decoder would get them."""
         if self.request.output_type == "latent":
             return self.handed_on(frames) if len(self.stages) == 1 else frames  # those of a loop come all at once
         kept = self.task.kept

@@ -111,7 +111,7 @@ class PlainOps:
         """
         y = self.activate(x, norm, scale, shift, silu, row_bias=row_bias)
         if temporal_shift is not None:
-            y = shift_frames(y, temporal_shift)
+            y = self._shifted(y, temporal_shift, is_own=y is not x)
         v = _frames(y)
         if upsample:
             v = F.interpolate(v, scale_factor=2.0, mode="nearest")
@@ -172,6 +172,10 @@ class PlainOps:
         """On NCHW-shaped views; weight [O, C, kh, kw], or [O, C, kh] where kw is 1."""
         y = F.conv2d(v, weight if weight.ndim == 4 else weight.unsqueeze(-1), bias, stride, padding)
         return y if residual is None else y + residual
+
+    def _shifted(self, x: Tensor, shift: Shift, is_own: bool) -> Tensor:
+        """`shift_frames`; x may be overwritten where it is nobody else's."""
+        return shift_frames(x, shift)
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x [..., C] weight^T + bias + residual: a linear layer alone, of any shape."""

@@ -7,7 +7,7 @@ import torch
 from support.testing import rel_rms
 
 from pylumiere.backends import cpu_ops
-from pylumiere.networks.ops import Norm, PlainOps
+from pylumiere.networks.ops import Norm, PlainOps, Shift, shift_frames
 
 # fp32: rounding of the affine form. bf16: half a unit of the result, and of the rounded inputs nothing, since the
 # oracle reads the same ones.
@@ -113,6 +113,29 @@ def test_nan_is_not_hidden():
     x[0, 1, 0, 0, 0] = torch.nan
     result = cpu_ops.CpuOps().activate(x, Norm(weight, bias, 2, 1e-5), None, None, True)
     assert result[0, 1, ..., :8].isnan().all() and not result[0, 0].isnan().any()
+
+
+SHIFTS = [Shift(div, direction, pad) for div, direction, pad in (
+    (8, "both", "zero"), (3, "both", "circular"), (2, "both", "replicate"), (8, "causal", "zero"),
+    (4, "causal", "circular"), (5, "causal", "replicate"), (25, "both", "zero"),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("shift", SHIFTS, ids=lambda s: f"{s.direction}-{s.pad}-{s.div}")
+@torch.inference_mode()
+def test_the_shift_in_place_has_the_bits_of_the_definition_and_spares_the_input(shift, frames, dtype):
+    x, weight, bias, normal = parts((2, frames, 5, 3, 24), dtype)
+    before, ops = x.clone(), cpu_ops.CpuOps()
+    assert torch.equal(cpu_ops.shift_in_place(x.clone(), shift), shift_frames(x, shift))
+    conv = normal(8, 24, 3, 3)
+    for prologue in ({}, {"silu": True}, {"norm": Norm(weight, bias, 3, 1e-5), "silu": True},
+                     {"row_bias": normal(2, 1, 24)}):  # fmt: skip
+        activated = ops.activate(x, **{"norm": None, "scale": None, "shift": None, "silu": False, **prologue})
+        expected = ops.spatial_conv(shift_frames(activated, shift), conv, None)
+        assert torch.equal(ops.spatial_conv(x, conv, None, temporal_shift=shift, **prologue), expected), prologue
+        assert torch.equal(x, before), prologue
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from support.testing import assert_close, random_weights, rel_rms
 
 from pylumiere.backends import Choice
 from pylumiere.backends.torch import TorchBackend
-from pylumiere.backends.triton import TritonBackend, TritonOps, record_network, set_backend
+from pylumiere.backends.triton import TritonBackend, TritonOps, record_network, record_preset, set_backend
 from pylumiere.checkpoints.native import Checkpoint
 from pylumiere.config import (
     AutoencoderKLConfig,
@@ -150,27 +150,21 @@ def test_every_preset_records_without_a_gpu(name):
     assert 0 < recording.peak_bytes() < sum(buffer.bytes for buffer in recording.buffers)
 
 
-PUBLIC = {
-    "Stable Diffusion 1.5": (UNet2DConfig(cross_attention_dim=768), None),
-    "its decoder": (AutoencoderKLConfig((128, 256, 512, 512), 2), {"T": 1, "H": 64, "W": 64}),
-    "TAESD": (AutoencoderTinyConfig(), {"T": 1, "H": 64, "W": 64}),
+PUBLIC = {  # output, and calls of operators
+    "sd-1.5": ((1, 16, 64, 64, 4), {"norm_affine": 61, "layer_norm": 48, "geglu": 16, "attention": 32}),
+    "sd-2.1": ((1, 16, 96, 96, 4), {"norm_affine": 61, "layer_norm": 48, "geglu": 16, "attention": 32}),
+    "sd-1.5-decoder": ((1, 1, 512, 512, 3), {"norm_affine": 29, "groupnorm_silu": 1, "attention": 1}),
 }
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_networks_record_without_a_gpu(name):
-    config, sizes = PUBLIC[name]
-    recording = record_network(config, 90, batch=2, sizes=sizes)
-    expected = (2, 16, 64, 64, 4) if sizes is None else (2, 1, 512, 512, 3)
-    assert tuple(recording.outputs.shape) == expected
+    shape, counts = PUBLIC[name]
+    recording = record_preset(name, 90)
     calls = Counter(call.name for call in recording.calls)
-    torch_calls = {name.split(".")[1] for name in calls if name.startswith("aten.")}
-    assert torch_calls <= {
-        "arange", "mul", "div", "exp", "cos", "sin", "cat", "_to_copy", "addmm", "mm", "silu",  # of the timestep, text
-        "add", "sub", "tanh", "relu",
-    }  # fmt: skip
-    if sizes is None:
-        assert (calls["layer_norm"], calls["geglu"], calls["attention"], calls["norm_affine"]) == (48, 16, 32, 61)
+    assert tuple(recording.outputs.shape) == shape
+    assert {operator: calls[operator] for operator in counts} == counts
+    assert not {name for name in calls if "norm" in name or "gelu" in name} - {*counts, "channel_statistics"}
 
 
 def test_a_decoder_is_recorded_at_given_sizes_only():
@@ -241,8 +235,9 @@ def test_statistics_travel_from_epilogue_to_norm():
 
 
 def test_the_backend_of_the_engine_predicts_what_the_plain_one_does():
-    config = ModelConfig("small", StageConfig(BASE), StageConfig(SSR), text_encoder="hash")
-    checkpoint = Checkpoint(Path("nowhere"), config, random_weights(BASE, 0), random_weights(SSR, 1))
+    config = ModelConfig("small", (StageConfig("base", BASE), StageConfig("ssr", SSR)), text_encoder="hash")
+    weights = {"base": random_weights(BASE, 0), "ssr": random_weights(SSR, 1)}
+    checkpoint = Checkpoint(Path("nowhere"), config, weights)
     generator = torch.Generator().manual_seed(0)
     sample, level = torch.randn(2, 1, 8, 8, 6, generator=generator), torch.rand(2, generator=generator)
     predictions = []

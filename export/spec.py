@@ -140,7 +140,7 @@ def network_specs(
             _check_multiple(f"--size ({name})", value, size_step(config), 16384)
     specs = {}
     for index, (stage, scale) in enumerate(zip(config.stages, config.scales, strict=True)):
-        lengths = frames if index == 0 or stage.windows is None else _call_frames(stage)
+        lengths = frames if index == 0 else _call_frames(stage)
         small = _scaled(sizes, scale)
         specs[stage.name] = _network_spec(stage.name, stage.network, config.text_tokens, batch, lengths, small)
     if config.decoder is not None:

@@ -368,6 +368,18 @@ def test_upscale_takes_tensors_and_pillow_images(engine):
     assert np.array_equal(engine.upscale(shades.requires_grad_()).collect().frames, expected)
 
 
+def test_upscale_gives_the_same_bytes_whatever_ran_before(folder):
+    """Of torch's own operators, bilinear interpolation is rounded in another way by another number of threads."""
+    frames, results = np.random.default_rng(1).random((4, 32, 48, 3)), []
+    for first in (None, "a red circle"):
+        torch.set_num_threads(2)  # what the last engine's lanes set is not in the way
+        with Engine.load(folder, precision="fp32") as engine:
+            if first:
+                engine.generate(first, num_frames=2, num_inference_steps=1)
+            results.append(engine.upscale(frames, output_type="float").collect().frames)
+    assert np.array_equal(*results)
+
+
 def test_upscale_reads_no_further_than_it_must(engine):
     read = []
 

@@ -258,7 +258,7 @@ def plan_upscaling(
     for index, stage in enumerate(config.stages[1:], 1):
         sampling, scale = stage.sampling, config.scales[index]
         steps = num_inference_steps or sampling.num_inference_steps
-        windows = _windows(stage, num_frames, loop, window, overlap)
+        windows = _windows(stage, num_frames, loop, window, overlap, is_later=True)
         table = table_for(stage.schedule, sampling.sampler, steps)
         guidance = sampling.guidance_scale
         plans.append(_stage(stage, index, height // scale, width // scale, windows, table, guidance))
@@ -313,16 +313,18 @@ def from_calmest(frames: np.ndarray) -> np.ndarray:
 
 
 def _windows(
-    stage: StageConfig, num_frames: int | None, loop: bool, window: int | None = None, overlap: int | None = None
-) -> WindowPlan:
+    stage: StageConfig, num_frames: int | None, loop: bool, window: int | None = None, overlap: int | None = None,
+    *, is_later: bool = False,
+) -> WindowPlan:  # fmt: skip
     """How a clip is cut for a stage.
 
     By default a clip that fits into the network is one window. Else, and in a loop, windows share half of their frames;
-    towards its ends a window counts less, so that the picture passes from one to the next without a step.
+    towards its ends a window counts less, so that the picture passes from one to the next without a step. The window of
+    a later stage, which may begin before the clip's length is known, does not become shorter with the clip.
     """
     network, made = stage.network, stage.windows
     if made is None and window is None and overlap is None:
-        window = network.num_frames if num_frames is None else min(num_frames, network.num_frames)
+        window = network.num_frames if is_later else min(num_frames, network.num_frames)
         if num_frames == window and not loop:
             return WindowPlan(num_frames, window, 0, multiple=network.temporal_factor)
     window = window or (network.num_frames if made is None else made.frames)

@@ -342,6 +342,13 @@ class Call:
         return self.bucket.groups * len(self.batch.x)
 
 
+def use_threads(count: int | None) -> None:
+    """Sets how many threads torch's operators take when this thread calls them, because roundings may depend on it; a
+    thread would otherwise begin with what any thread has set last. None leaves it."""
+    if count is not None and torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
 class Lanes:
     """Threads that compute parts of calls, and embed prompts. They start with the first call and hold nothing while
     they wait.
@@ -379,8 +386,7 @@ class Lanes:
             self._start()
 
         def once() -> None:
-            if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
-                torch.set_num_threads(self.num_threads)  # of this thread; results may depend on it
+            use_threads(self.num_threads)
             function()
 
         self._queue.put(once)

@@ -23,7 +23,7 @@ from pylumiere.config import DECODER
 from pylumiere.diffusion.stages import Feed, Pipeline, StageRun
 from pylumiere.errors import Cancelled, QueueFull
 from pylumiere.request import Progress
-from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes, call_shape
+from pylumiere.scheduling.batching import Bucket, Call, CallShape, Lanes, call_shape, use_threads
 from pylumiere.scheduling.decoding import DecodeBucket
 from pylumiere.scheduling.jobs import Job
 from pylumiere.scheduling.memory import Budget, CallBytes, Need, resident_bytes
@@ -289,6 +289,7 @@ class Scheduler:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        use_threads(self._lanes.num_threads)  # here frames are enlarged for the next stage
         while True:
             try:
                 if not self._turn():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from pylumiere.export.spec import NetworkSpec, network_specs, text_spec
 from support.testing import with_stage
+from support.toy import three_stages
 
 from pylumiere.config import (
     AutoencoderKLConfig,
@@ -54,6 +55,13 @@ def test_one_profile_per_bucket_with_only_the_batch_free():
     assert len(specs["ssr"].profiles()) == 2  # windows have one length
     whole = specs["base"].ranges()["sample"]
     assert all(whole.holds(p["sample"].max) and whole.holds(p["sample"].min) for p in profiles)
+
+
+def test_a_later_stage_has_windows_of_one_length_also_where_the_model_names_none():
+    """It may begin before the length of its clip is known."""
+    specs = network_specs(three_stages(), frames=(4, 16))
+    assert [specs[stage].axes["T"].max for stage in ("base", "middle", "last")] == [16, 8, 4]
+    assert len(specs["base"].profiles()) == 2 and len(specs["middle"].profiles()) == 1
 
 
 def test_windows_are_exported_with_their_halo():

@@ -7,6 +7,8 @@ the bit.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,17 @@ from pylumiere.networks.text import HashEncoder
 from support.offline import normals, sample_offline
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a lane, and where frames are enlarged."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class WholeClip:
     """The stages of a model with the encoder "hash".
 
@@ -31,6 +44,7 @@ class WholeClip:
     def __init__(self, config: ModelConfig, backend: TorchBackend, steps: int | None = None):
         self.config, self.backend, self.steps = config, backend, steps
 
+    @one_thread()
     def make(
         self, prompt: str, seed: int, num_frames: int, *, negative: str = "", guidance: float | None = None,
         height: int | None = None, width: int | None = None, loop: bool = False,
@@ -49,6 +63,7 @@ class WholeClip:
             frames = np.roll(frames, -int(np.argmin(moves)), 0)
         return self.enlarge(frames, seed, rows=rows, loop=loop)
 
+    @one_thread()
     def enlarge(self, frames: np.ndarray, seed: int, *, rows=(), loop: bool = False) -> np.ndarray:
         """The later stages, from the first one's frames [T, h, w, C]."""
         for index, stage in enumerate(self.config.stages[1:], 1):
@@ -74,7 +89,7 @@ class WholeClip:
             how = dict(window=stage.windows.frames, overlap=min(stage.windows.overlap, stage.windows.frames - 1),
                        weights=stage.windows.weights, halo=stage.windows.halo)  # fmt: skip
         else:
-            window = min(num_frames, network.num_frames)
+            window = network.num_frames if number else min(num_frames, network.num_frames)
             is_one = window == num_frames and not loop
             how = dict(window=window, overlap=0 if is_one else window // 2, weights="flat" if is_one else "linear",
                        halo=0)  # fmt: skip
@@ -90,13 +105,11 @@ class WholeClip:
                 outs.append(out[0].reshape(len(x), -1).numpy())
             return np.stack(outs)
 
-        before = torch.get_num_threads()  # calls set it, for this thread
         frames = sample_offline(
             denoise, num_frames=num_frames, num_values=height * width * channels, coef=table.coef,
             init_sigma=table.init_sigma, init_alpha=table.init_alpha, loop=loop, multiple=network.temporal_factor,
             seed=seed, stage=number, guidance=sampling.guidance_scale, clip=stage.schedule.clip, **how,
         )  # fmt: skip
-        torch.set_num_threads(before)
         return frames.reshape(num_frames, height, width, channels)
 
 

@@ -228,10 +228,11 @@ def test_a_loop_is_a_loop_over_windows_on_a_ring(engine, tiny_sd, num_frames):
     pipeline, _ = tiny_sd(sd2=False)
     start = noise(num_frames)
     latents = denoised(pipeline, start, loop=True)
+    # It begins where its frames differ least.
+    latents = latents.roll(-int((latents - latents.roll(1, 0)).abs().mean((1, 2, 3)).argmin()), 0)
     assert rel_rms(latents_of(engine, latents=start, loop=True), latents) < 1e-5
-    turned = latents.roll(-int((latents - latents.roll(1, 0)).abs().mean((1, 2, 3)).argmin()), 0)
     frames = engine.generate(latents=start, loop=True, output_type="float", **FIELDS).frames
-    assert psnr(frames, decoded(pipeline, turned)) > 90
+    assert psnr(frames, decoded(pipeline, latents)) > 90
 
 
 # ---- video to video --------------------------------------------------------------------------------------------------

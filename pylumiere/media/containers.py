@@ -144,7 +144,7 @@ class Container:
                 continue
             if packet.stream is self._stream:
                 if packet.is_corrupt:
-                    raise self._cut(f"it ends inside frame {self._listed}")
+                    raise self._cut(f"frame {self._listed} is not whole")
                 self._listed += 1
                 self._listed_bytes = (packet.pos or 0) + packet.size
                 self.limits.check_count(self.name, self._listed)
@@ -184,27 +184,30 @@ class Container:
         # What is shown before the first key frame cannot be decoded: a group of pictures that was cut.
         ticks = np.sort(np.array(times, np.int64))
         ticks = ticks[ticks >= (ticks[0] if key is None else key)]
-        rate, is_even = average_rate(ticks, last[1], tick, self._told_rates())
-        start, end = last[0] * tick, self._told_end((last[0] + last[1]) * tick, other_end)
-        if end <= start:
-            end = start + (last[1] * tick or (1 / rate if rate else 0))
-        return _Listing(len(ticks), rate, is_even, end - start)
+        stands = self._last_ticks(*last)
+        rate, is_even = average_rate(ticks, stands, tick, self._told_rates())
+        if not stands:
+            stands = 1 / (rate * tick) if rate else 0
+        start = last[0] * tick
+        return _Listing(len(ticks), rate, is_even, max(stands * tick, self._held_until(other_end) - start))
 
-    def _told_end(self, end: Fraction, other_end: Fraction) -> Fraction:
-        """When the last frame ends, in seconds of the container's clock: `end` is what its packet tells, `other_end`
-        the end of what is no video."""
-        stream, tick = self._stream, self._tick
-        length = (stream.duration or 0) * tick
-        if self._format == _MP4 and length:
-            return (stream.start_time or 0) * tick + length  # packets tell times of decoding, in another order
+    def _last_ticks(self, time: int, duration: int) -> int:
+        """How long the last frame stands, which is shown at `time` and of which its packet tells `duration`."""
+        stream = self._stream
+        end = (stream.start_time or 0) + (stream.duration or 0)
+        if self._format == _MP4 and end > time:
+            return end - time  # packets tell times of decoding, in another order
         if self._format == "avi":
-            return max(end, length)  # counts empty packets, which FFmpeg leaves out
-        if self._format == _MATROSKA and self._container.duration:
-            length = Fraction(self._container.duration, 1_000_000)
-            # What sound or subtitles need of it is theirs; their last packet may not tell how long it is.
-            if length > max(end + 2 * tick, other_end + Fraction(1, 10)):
-                return length
-        return end
+            return max(duration, end - time)  # counts empty packets, which FFmpeg leaves out
+        return duration
+
+    def _held_until(self, other_end: Fraction) -> Fraction:
+        """When a Matroska file ends, in seconds, if its last frame stands until then; else 0. What sound or subtitles
+        need, to `other_end`, is theirs; their last packet may not tell how long it is."""
+        if self._format != _MATROSKA or not self._container.duration:
+            return Fraction(0)
+        end = Fraction(self._container.duration, 1_000_000)
+        return end if end > other_end + Fraction(1, 10) else Fraction(0)
 
     def _check_end(self, last: tuple[int, int] | None) -> None:
         """Is all there that the file lists? After the last packet, when FFmpeg's index is whole."""

@@ -18,7 +18,7 @@ import numpy as np
 from pylumiere.arrays import moves, rgb
 from pylumiere.errors import InvalidRequest, VideoError, one_line
 from pylumiere.media.pictures import open_picture
-from pylumiere.media.placement import place
+from pylumiere.media.placement import square_pixels
 from pylumiere.media.readers import LIMITS, Limits, VideoReader, is_pipe
 from pylumiere.request import EDGES, MIN_SIDE
 
@@ -35,7 +35,7 @@ def read_image(source: Source, limits: Limits = LIMITS) -> np.ndarray:
     if pixels is None:
         with VideoReader(source, limits) as reader:
             frame = next(iter(reader))
-            pixels = _square(frame, reader.pixel_aspect)
+            pixels = square_pixels(frame, reader.pixel_aspect)
     _check_side(source, pixels)
     return pixels
 
@@ -61,7 +61,7 @@ def read_clip(
             if len(frames) >= most:
                 size = f"{reader.width} x {reader.height}"
                 raise VideoError(f"input {reader.path!r} has more than {most} frames of {size}; make it shorter")
-            frames.append(_square(frame, reader.pixel_aspect))
+            frames.append(square_pixels(frame, reader.pixel_aspect))
             if len(frames) == max_frames:
                 break
         clip = np.stack(frames)
@@ -197,15 +197,6 @@ def _at_rate(reader: VideoReader, rate: float | None) -> Iterator[np.ndarray]:
         while count == 0 or count / rate < end:
             yield shown
             count += 1
-
-
-def _square(frame: np.ndarray, aspect: float) -> np.ndarray:
-    """A frame with square pixels: wider, where its pixels are wider than high."""
-    if abs(aspect - 1) < 0.01:
-        return frame
-    height, width = frame.shape[:2]
-    wide = place((height, width), (height, max(MIN_SIDE, round(width * aspect))), "stretch").apply(frame)
-    return (wide * 255 + 0.5).astype(np.uint8)
 
 
 def _check_side(source: Source, pixels: np.ndarray) -> None:

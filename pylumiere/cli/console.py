@@ -21,9 +21,10 @@ def absolute(path: str) -> str:
 
 
 class Bars:
-    """One progress bar per stage on a terminal; nothing elsewhere."""
+    """One progress bar per stage on a terminal; nothing elsewhere. `num_frames` is shown while no length is known."""
 
-    def __init__(self):
+    def __init__(self, num_frames: int | None = None):
+        self._num_frames = num_frames
         self._progress = None
         self._tasks: dict[str, Any] = {}
 
@@ -56,4 +57,7 @@ class Bars:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.steps, left="")
         left = "" if progress.seconds_left is None else f"{progress.seconds_left:.0f} s left"
-        bars.update(self._tasks[progress.stage], completed=progress.step, total=progress.steps, left=left)
+        done, of = progress.step, progress.steps
+        if of is None and self._num_frames is not None:
+            done, of = progress.frames_final, self._num_frames
+        bars.update(self._tasks[progress.stage], completed=done, total=of, left=left)

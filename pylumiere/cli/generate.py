@@ -6,6 +6,9 @@ import json
 import secrets
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from fractions import Fraction
 from typing import Annotated, Any
 
 import typer
@@ -135,23 +138,24 @@ def upscale(
     sheet: Sheet = None,
     as_json: Json = False,
 ) -> None:
-    """Super-resolution alone, for clips of any length. Sound is dropped."""
-    from pylumiere.media.ffmpeg import PIPE
-    from pylumiere.media.readers import VideoReader
+    """Super-resolution alone, for clips of any length. Each frame keeps its time. Sound is dropped."""
+    from pylumiere.media.readers import VideoReader, is_pipe
 
     begun = time.monotonic()
     _check_outputs(output, sheet)
-    if loop and source == PIPE:
-        raise InvalidRequest("--loop needs an input whose length is known; - is a pipe")
-    with VideoReader(source) as reader, Bars() as bars:
+    if loop and is_pipe(source):
+        raise InvalidRequest(f"--loop needs an input whose length is known; {source} is a pipe")
+    with VideoReader(source) as reader, Bars(reader.num_frames) as bars:
+        rate = fps or (reader.fps and min(reader.fps, 1000.0))
+        times = _Times(reader) if fps is None and _has_own_times(reader) else None
         engine = _load(model, backend, device, precision, key, memory_budget)
         loaded = time.monotonic()
         chunks = engine.upscale(
-            reader, fps=fps or reader.fps, num_frames=None if source == PIPE else reader.num_frames, seed=seed,
+            reader if times is None else times, fps=rate, num_frames=_count(source) if loop else None, seed=seed,
             loop=loop, num_inference_steps=steps, window_frames=window, window_overlap=overlap,
             callback_on_step_end=bars.callback,
         )  # fmt: skip
-        metadata = _write_stream(chunks, output, sheet, "")
+        metadata = _write_stream(chunks, output, sheet, "", times, reader.pixel_aspect)
     seconds = {"load": loaded - begun, "all": time.monotonic() - begun}
     _report(output, sheet, metadata, seconds, as_json, True)
 
@@ -184,7 +188,41 @@ def _check_outputs(output: str, sheet: str | None) -> None:
         check_sheet_path(sheet)
 
 
-def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[str, Any]:
+class _Times:
+    """A reader's frames; their times wait here for the frames that are made of them."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        self._waiting: deque = deque()
+
+    def __iter__(self) -> Iterator:
+        for start, frame in self.reader.timed():
+            self._waiting.append(start)
+            yield frame
+
+    def take(self, count: int) -> list:
+        """Of the next frames."""
+        return [self._waiting.popleft() for _ in range(count)]
+
+
+def _has_own_times(reader) -> bool:
+    """Would even frames lose something of its clip?"""
+    if reader.time_base is None:
+        return False
+    return not reader.is_even or abs(reader.last_duration * Fraction(reader.fps) - 1) > 0.5
+
+
+def _count(source: str) -> int:
+    """Frames of a file, by decoding them: what a container says of their number is a hint."""
+    from pylumiere.media.readers import VideoReader
+
+    with VideoReader(source) as reader:
+        return sum(1 for _ in reader)
+
+
+def _write_stream(
+    chunks, output: str, sheet: str | None, caption: str, times: _Times | None = None, pixel_aspect: float = 1
+) -> dict[str, Any]:
     """Encodes chunks while the next are computed; keeps every 8th frame for the sheet."""
     import numpy as np
 
@@ -192,9 +230,16 @@ def _write_stream(chunks, output: str, sheet: str | None, caption: str) -> dict[
 
     kept: list[tuple[int, Any]] = []
     num_frames = 0
-    with chunks, VideoWriter(output, chunks.fps) as writer, BackgroundWriter(writer.write) as encoder:
+    unit = None if times is None else times.reader.time_base
+    with (
+        chunks,
+        VideoWriter(output, chunks.fps, time_base=unit, pixel_aspect=pixel_aspect) as writer,
+        BackgroundWriter(lambda item: writer.write(*item)) as encoder,
+    ):
         for chunk in chunks:
-            encoder.put(chunk.frames)
+            if times is not None:
+                writer.last_duration = times.reader.last_duration  # of a pipe known at its end
+            encoder.put((chunk.frames, None if times is None else times.take(len(chunk.frames))))
             num_frames += len(chunk.frames)
             if sheet is not None and len(kept) < _MAX_TILES:
                 first = -chunk.start % 8

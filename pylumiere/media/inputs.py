@@ -8,7 +8,6 @@ Sizes are checked before pixels are decoded.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,16 +16,13 @@ from typing import Any
 import numpy as np
 
 from pylumiere.arrays import moves, rgb
-from pylumiere.errors import InvalidRequest, VideoError
-from pylumiere.media.ffmpeg import PIPE
-from pylumiere.media.placement import place
-from pylumiere.media.readers import LIMITS, Limits, VideoReader
+from pylumiere.errors import InvalidRequest, VideoError, one_line
+from pylumiere.media.pictures import open_picture
+from pylumiere.media.placement import square_pixels
+from pylumiere.media.readers import LIMITS, Limits, VideoReader, is_pipe
 from pylumiere.request import EDGES, MIN_SIDE
 
 Source = str | os.PathLike | bytes
-
-# What Pillow may parse. Formats that call other programs (EPS) or are only containers of others are missing.
-_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "ICO", "DIB", "MPO", "QOI")
 
 
 def read_image(source: Source, limits: Limits = LIMITS) -> np.ndarray:
@@ -39,7 +35,7 @@ def read_image(source: Source, limits: Limits = LIMITS) -> np.ndarray:
     if pixels is None:
         with VideoReader(source, limits) as reader:
             frame = next(iter(reader))
-            pixels = _square(frame, reader.pixel_aspect)
+            pixels = square_pixels(frame, reader.pixel_aspect)
     _check_side(source, pixels)
     return pixels
 
@@ -65,7 +61,7 @@ def read_clip(
             if len(frames) >= most:
                 size = f"{reader.width} x {reader.height}"
                 raise VideoError(f"input {reader.path!r} has more than {most} frames of {size}; make it shorter")
-            frames.append(_square(frame, reader.pixel_aspect))
+            frames.append(square_pixels(frame, reader.pixel_aspect))
             if len(frames) == max_frames:
                 break
         clip = np.stack(frames)
@@ -164,66 +160,43 @@ def parse_expand(text: str) -> dict[str, int]:
 
 def _read_picture(source: Source, limits: Limits, may_move: bool = False) -> np.ndarray | None:
     """[H, W, 3] uint8 by Pillow; None for what it does not know and, if `may_move`, for what moves."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not isinstance(source, bytes) and (str(source) == PIPE or os.path.isdir(source)):
+    if is_pipe(source) or (not isinstance(source, bytes) and os.path.isdir(source)):
         return None
     name = _name(source)
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_known(Image))
-    except UnidentifiedImageError:
+    image = open_picture(source, name, limits.max_pixels)
+    if image is None:
         return None
-    except OSError as error:
-        if error.strerror is None:
-            return None  # a damaged picture: FFmpeg says what is wrong
-        raise VideoError(f"input {name!r} cannot be read: {error.strerror}") from error
-    except Image.DecompressionBombError as error:  # raised from the header, before pixels
-        raise VideoError(f"input {name!r}: more than {limits.max_pixels} pixels") from error
-    except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
-        raise VideoError(f"input {name!r} is damaged: {_first_line(error)}") from error
     with image:
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise VideoError(f"input {name!r}: {width} x {height} has more than {limits.max_pixels} pixels")
+        if image.width * image.height > limits.max_pixels:
+            size = f"{image.width} x {image.height}"
+            raise VideoError(f"input {name!r}: {size} has more than {limits.max_pixels} pixels")
         try:
             return None if may_move and moves(image) else rgb(image)
-        except Exception as error:
-            raise VideoError(f"input {name!r} is damaged: {_first_line(error)}") from error
-
-
-def _known(module) -> list[str]:
-    module.init()
-    return [name for name in _PICTURES if name in module.OPEN]
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise VideoError(f"input {name!r} is damaged: {one_line(error)}") from error
 
 
 def _at_rate(reader: VideoReader, rate: float | None) -> Iterator[np.ndarray]:
-    """Frames at a constant rate: the k-th is the last one shown before (k + 0.5) / rate. A clip that comes evenly at
-    that rate is left as it is."""
-    count, first, last, shown = 0, None, 0.0, None
+    """Frames at a constant rate. A clip that comes evenly at that rate is left as it is, frame by frame. Of others the
+    k-th frame is the last one shown before (k + 0.5) / rate, and the last one stands for its own time."""
+    if rate is None or (reader.is_even and rate == reader.fps):
+        yield from reader
+        return
+    count, last, shown = 0, 0.0, None
     for time, frame in reader.timed():
-        if rate is None or time is None:
+        if time is None:
             yield frame
             continue
-        first = time if first is None else first
-        last = max(last, time - first)
+        last = float(time)
         while shown is not None and (count + 0.5) / rate <= last:
             yield shown
             count += 1
         shown = frame
     if shown is not None:
-        end = last + 1 / (reader.fps or rate) - 0.25 / rate
+        end = last + float(reader.last_duration or 0) - 0.25 / rate
         while count == 0 or count / rate < end:
             yield shown
             count += 1
-
-
-def _square(frame: np.ndarray, aspect: float) -> np.ndarray:
-    """A frame with square pixels: wider, where its pixels are wider than high."""
-    if abs(aspect - 1) < 0.01:
-        return frame
-    height, width = frame.shape[:2]
-    wide = place((height, width), (height, max(MIN_SIDE, round(width * aspect))), "stretch").apply(frame)
-    return (wide * 255 + 0.5).astype(np.uint8)
 
 
 def _check_side(source: Source, pixels: np.ndarray) -> None:
@@ -234,7 +207,3 @@ def _check_side(source: Source, pixels: np.ndarray) -> None:
 
 def _name(source: Source) -> str:
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

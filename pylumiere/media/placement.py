@@ -124,5 +124,15 @@ def place(
     return Placement(frame, box, inner, scaled)
 
 
+def square_pixels(frame: np.ndarray, aspect: float, step: int = 1) -> np.ndarray:
+    """A frame [H, W, 3] uint8 with square pixels: wider, to a multiple of `step`, where its pixels are wider than high.
+    `aspect` is their width over their height."""
+    if abs(aspect - 1) < 0.01:
+        return frame
+    height, width = frame.shape[:2]
+    size = height, max(MIN_SIDE, round(width * aspect / step) * step)
+    return (place((height, width), size, "stretch").apply(frame) * 255 + 0.5).astype(np.uint8)
+
+
 def _edges_text(edges: Mapping[str, int]) -> str:
     return ",".join(f"{edge}={pixels}" for edge, pixels in edges.items() if pixels)

@@ -1,170 +1,103 @@
-"""Frames out of mp4, webm, gif and many other files, and PNG folders, by PyAV: uint8 [H, W, 3], RGB, one by one.
+"""Frames out of mp4, webm, gif and many other files, pictures, and PNG folders: uint8 [H, W, 3], RGB, one by one.
 
 A hostile or damaged input costs no more than the limits in `Limits`: sizes are checked before frames are decoded, and
-only containers from `READABLE` are parsed, so that a play list cannot name other files.
+only known containers are parsed, so that a play list cannot name other files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from pylumiere.errors import VideoError
-from pylumiere.media.ffmpeg import PIPE, as_video_error, import_av
+from pylumiere.arrays import frames, moves, rgb
+from pylumiere.errors import VideoError, one_line
+from pylumiere.media.containers import Container, average_rate
+from pylumiere.media.ffmpeg import PIPE
+from pylumiere.media.limits import LIMITS, Limits
+from pylumiere.media.pictures import open_picture
 
-# Names of FFmpeg's demuxers. Play lists (hls, concat, image2, ...) are missing on purpose.
-READABLE = (
-    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "mpegts", "apng", "png_pipe", "jpeg_pipe", "webp_pipe",
-    "bmp_pipe", "h264", "ivf", "ogg", "yuv4mpegpipe",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a reader accepts."""
-
-    max_pixels: int = 8192 * 8192  # of one frame
-    max_frames: int = 1_000_000
-    max_bytes: int = 2**31  # of all frames together, where they are read at once
-
-
-LIMITS = Limits()
+_NO_DELAY_MS = 100  # what browsers make of an animation's frame that tells none
+_THUMBNAIL = re.compile(r"(?:^|[^a-z])thumb(?:nail)?s?(?:[^a-z]|$)", re.IGNORECASE)
 
 
 class VideoReader:
     """Reads frames one by one: a video file, its bytes, a gif, a picture, a folder of PNG, or "-" for standard input.
 
     A context manager and an iterable of uint8 [H, W, 3]. All frames have the size of the first. Frames are turned as
-    the container says, colours follow the stream's matrix and range, and transparent pixels are laid on black.
+    the file says, colours follow the stream's matrix and range, and transparent pixels are laid on black. What is read
+    how: docs/inputs.md.
 
     Attributes:
         fps: frames a second, on average where the rate varies; None for pictures.
+        is_even: frames come evenly at that rate; how long the last stands is another matter. False for a pipe.
+        time_base: the unit of the times in seconds; None where the input tells no times.
         height, width: of every frame; of a turned clip, upright from the first frame on.
-        num_frames: as the container tells it; None where it does not (a pipe).
+        num_frames: how many frames the file lists, which a few codecs do not keep; None for a pipe.
+        last_duration: seconds for which the last frame stands, of a pipe known at its end; None without times.
         pixel_aspect: width of a pixel over its height, upright.
 
     Raises:
-        VideoError: no such file, no video in it, damaged, or above the limits.
+        VideoError: no such file, no video in it, damaged, cut short, or above the limits.
     """
 
     def __init__(self, path: str | os.PathLike | bytes, limits: Limits = LIMITS):
-        self._bytes = path if isinstance(path, bytes) else None
         self.path = f"<{len(path)} bytes>" if isinstance(path, bytes) else str(path)
-        self.limits, self.pixel_aspect, self._is_turned = limits, 1.0, False
-        self._container = None
-        self._folder_files: list[Path] | None = None
-        if self._bytes is None and self.path != PIPE and Path(self.path).is_dir():
-            self._open_folder(Path(self.path))
-        else:
-            self._open_file()
-
-    def _open_folder(self, folder: Path) -> None:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".png")
-        if not files:
-            raise VideoError(f"input folder {self.path!r} holds no PNG files")
-        with VideoReader(files[0], self.limits) as first:
-            self.height, self.width = first.height, first.width
-        self._folder_files, self.fps, self.num_frames = files, None, len(files)
-        self._check_count(len(files))
-
-    def _open_file(self) -> None:
-        av = import_av()
-        if self._bytes is not None:
-            self._file: BinaryIO = io.BytesIO(self._bytes)
-        elif self.path == PIPE:
-            self._file = sys.stdin.buffer
-        else:
-            try:
-                self._file = open(self.path, "rb")  # noqa: SIM115 (closed in close)
-            except OSError as error:
-                raise VideoError(f"input {self.path!r} cannot be read: {error.strerror}") from error
-        # FFmpeg decodes frames while it looks what is in the file. Its limit counts padding; `_check_size` is exact.
-        codec_options = {"max_pixels": str(2 * self.limits.max_pixels + 2**16)}
+        self._file = None
         try:
-            # A Python file and not a name: FFmpeg would take "http:..." and "concat:..." for protocols.
-            with as_video_error(self.path, reading=True):
-                self._container = av.open(
-                    _InputPipe(self._file) if self.path == PIPE else self._file,
-                    options={"format_whitelist": ",".join(READABLE), "protocol_whitelist": "", **codec_options},
-                    metadata_errors="replace",
-                )
-            streams = self._container.streams.video
-            if not streams:
-                raise VideoError(f"input {self.path!r} holds no video")
-            stream = self._stream = streams[0]
-            if stream.codec_context is None:
-                raise VideoError(f"input {self.path!r} holds video in a codec that is not known here")
-            stream.codec_context.thread_count = 1
-            stream.codec_context.options = codec_options
-            self._coded_size = self.width, self.height = stream.width, stream.height
-            self._check_size(self.width, self.height)
-            aspect = stream.sample_aspect_ratio
-            self.pixel_aspect = float(aspect) if aspect and 0.1 <= aspect <= 10 else 1.0
-            rate = stream.guessed_rate or stream.average_rate
-            is_picture = self._container.format.name.endswith("_pipe") and self.path != PIPE
-            self.fps = None if is_picture or not rate else float(rate)
-            self.num_frames = stream.frames or None
-            if self.num_frames is not None:
-                self._check_count(self.num_frames)
-            if self._container.format.name == "gif" and self.path != PIPE:
-                self._check_gif_trailer()
+            if is_pipe(path):
+                self._source = Container(self._open(path), self.path, limits, is_pipe=True)
+            elif not isinstance(path, bytes) and os.path.isdir(path):
+                self._source = _Folder(Path(path), limits)
+            elif (image := _picture(path, self.path, limits)) is not None:
+                self._source = _Pillow(image, self.path, limits)
+            else:
+                self._source = Container(self._open(path), self.path, limits, is_pipe=False)
         except BaseException:
             self.close()
             raise
+
+    fps: float | None = property(lambda self: self._source.fps)
+    is_even: bool = property(lambda self: self._source.is_even)
+    time_base: Fraction | None = property(lambda self: self._source.time_base)
+    height: int = property(lambda self: self._source.height)
+    width: int = property(lambda self: self._source.width)
+    num_frames: int | None = property(lambda self: self._source.num_frames)
+    last_duration: Fraction | None = property(lambda self: self._source.last_duration)
+    pixel_aspect: Fraction = property(lambda self: self._source.pixel_aspect)
+
+    def _open(self, path: str | os.PathLike | bytes):
+        if isinstance(path, bytes):
+            self._file = io.BytesIO(path)
+        elif self.path == PIPE:
+            return sys.stdin.buffer  # stays open
+        else:
+            try:
+                self._file = open(path, "rb")  # noqa: SIM115 (closed in close)
+            except OSError as error:
+                raise VideoError(f"input {self.path!r} cannot be read: {error.strerror}") from error
+        return self._file
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for _, frame in self.timed():
             yield frame
 
-    def timed(self) -> Iterator[tuple[float | None, np.ndarray]]:
-        """Frames with the time in seconds at which each is shown; None where the input tells no times."""
-        if self._folder_files is not None:
-            for file in self._folder_files:
-                with VideoReader(file, self.limits) as reader:
-                    frame = next(iter(reader), None)
-                    if frame is None:
-                        raise VideoError(f"input {str(file)!r} holds no picture")
-                    if frame.shape[:2] != (self.height, self.width):
-                        self._refuse_size(frame.shape[1], frame.shape[0], self.width, self.height)
-                    yield None, frame
-            return
-        if self._container is None:
-            raise VideoError(f"input {self.path!r} is closed")
-        index, end = 0, 0.0
-        with as_video_error(self.path, reading=True, position=lambda: index):
-            for picture in self._container.decode(self._stream):
-                if (picture.width, picture.height) != self._coded_size:
-                    self._check_size(picture.width, picture.height)
-                    self._refuse_size(picture.width, picture.height, *self._coded_size)
-                self._check_count(index + 1)
-                if picture.is_corrupt:
-                    raise VideoError(f"input {self.path!r} is damaged at frame {index}")
-                frame = self._upright(_rgb(picture), picture.rotation)
-                index += 1
-                end = (picture.time or 0.0) + (1.5 / self.fps if self.fps else 0.0)
-                yield picture.time, frame
-        if index == 0:
-            raise VideoError(f"input {self.path!r} holds no frame that can be decoded")
-        if self.num_frames is not None and index < self.num_frames:
-            raise VideoError(f"input {self.path!r} is truncated: it ends after {index} of {self.num_frames} frames")
-        # Matroska's header tells no number of frames, but how long the clip is.
-        if self.num_frames is None and "matroska" in self._container.format.name and self._container.duration:
-            duration = self._container.duration / 1e6
-            if end < duration:
-                raise VideoError(f"input {self.path!r} is truncated: it ends at frame {index}, before {duration:g} s")
+    def timed(self) -> Iterator[tuple[Fraction | None, np.ndarray]]:
+        """Frames, and the seconds from the first one to each; None where the input tells no times."""
+        return self._source.timed()
 
     def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
-        if self._folder_files is None and self.path != PIPE and hasattr(self, "_file"):
+        if (source := getattr(self, "_source", None)) is not None:
+            source.close()
+        if self._file is not None:
             self._file.close()
 
     def __enter__(self) -> VideoReader:
@@ -173,59 +106,129 @@ class VideoReader:
     def __exit__(self, kind, error, trace) -> None:
         self.close()
 
-    def _check_gif_trailer(self) -> None:
-        """A gif tells no length at all; whole ones end in a semicolon."""
-        position = self._file.tell()
-        self._file.seek(max(0, self._file.seek(0, os.SEEK_END) - 4096))
-        if not self._file.read().rstrip(b"\0").endswith(b";"):
-            raise VideoError(f"input {self.path!r} is truncated: its end is missing")
-        self._file.seek(position)
 
-    def _check_size(self, width: int, height: int) -> None:
-        if width < 1 or height < 1:
-            raise VideoError(
-                f"input {self.path!r} is damaged, or its frames have more than {self.limits.max_pixels} pixels"
-            )
-        if width * height > self.limits.max_pixels:
-            raise VideoError(
-                f"input {self.path!r}: frames of {width} x {height} have more than {self.limits.max_pixels} pixels"
-            )
-
-    def _refuse_size(self, width: int, height: int, *before: int) -> None:
-        sizes = f"{before[0]} x {before[1]} to {width} x {height}"
-        raise VideoError(f"input {self.path!r}: frame size changes from {sizes}")
-
-    def _upright(self, frame: np.ndarray, degrees: int) -> np.ndarray:
-        """Turned by the display matrix, counter-clockwise; angles between quarter turns go to the nearest."""
-        quarters = round(degrees / 90) % 4
-        if quarters == 0:
-            return frame
-        frame = np.ascontiguousarray(np.rot90(frame, quarters))
-        if quarters % 2 and not self._is_turned:
-            self._is_turned, self.pixel_aspect = True, 1 / self.pixel_aspect
-            self.height, self.width = frame.shape[:2]
-        return frame
-
-    def _check_count(self, count: int) -> None:
-        if count > self.limits.max_frames:
-            raise VideoError(f"input {self.path!r} has more than {self.limits.max_frames} frames")
+def is_pipe(path: str | os.PathLike | bytes) -> bool:
+    """Standard input, or something else that is there but is no file and no folder."""
+    if isinstance(path, bytes):
+        return False
+    return str(path) == PIPE or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
 
 
-def _rgb(picture) -> np.ndarray:
-    """[H, W, 3] uint8 of a decoded frame; PyAV follows the frame's own matrix and range. Transparent is black."""
-    if not any(component.is_alpha for component in picture.format.components) and picture.format.name != "pal8":
-        return picture.to_ndarray(format="rgb24")
-    rgba = picture.to_ndarray(format="rgba")
-    if rgba[..., 3].min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    return ((rgba[..., :3] * rgba[..., 3:].astype(np.uint16) + 127) // 255).astype(np.uint8)
+class _Pillow:
+    """A picture, or an animation in a picture's format."""
+
+    def __init__(self, image: Any, name: str, limits: Limits):
+        self._image, self._name = image, name
+        limits.check_size(name, image.width, image.height)
+        self.height, self.width, self.num_frames = image.height, image.width, 1
+        self.fps = self.time_base = self.last_duration = None
+        self.is_even = False
+        self.pixel_aspect = Fraction(1)
+        self._starts: list[int] = []  # in ms
+        with _damage_as_video_error(name):
+            if moves(image):
+                self.num_frames = image.n_frames
+                limits.check_count(name, self.num_frames)
+                self._list()
+
+    def _list(self) -> None:
+        """When each frame of an animation is shown; Pillow knows it once it has decoded it."""
+        end = 0
+        for _ in frames(self._image):
+            self._starts.append(end)
+            end += round(self._image.info.get("duration") or _NO_DELAY_MS)
+        self.time_base = Fraction(1, 1000)
+        last = end - self._starts[-1]
+        self.last_duration = last * self.time_base
+        rate, self.is_even = average_rate(np.array(self._starts), last, self.time_base)
+        self.fps = float(rate)
+
+    def timed(self) -> Iterator[tuple[Fraction | None, np.ndarray]]:
+        if self._image is None:
+            raise VideoError(f"input {self._name!r} is closed")
+        with _damage_as_video_error(self._name):
+            if self._starts:
+                for start, frame in zip(self._starts, frames(self._image), strict=True):
+                    self.height, self.width = frame.shape[:2]
+                    yield start * self.time_base, frame
+            else:
+                frame = rgb(self._image)
+                self.height, self.width = frame.shape[:2]
+                yield None, frame
+
+    def close(self) -> None:
+        if self._image is not None:
+            self._image.close()
+            self._image = None
 
 
-class _InputPipe:
-    """Standard input as PyAV wants it: read only, not seekable."""
+class _Folder:
+    """Pictures of one size, as a clip without times."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, folder: Path, limits: Limits):
+        self._limits, self._files = limits, frame_files(folder)
+        if not self._files:
+            raise VideoError(f"input folder {str(folder)!r} holds no PNG files")
+        self.fps = self.time_base = self.last_duration = None
+        self.is_even = False
+        self.pixel_aspect = Fraction(1)
+        self.num_frames = len(self._files)
+        limits.check_count(str(folder), self.num_frames)
+        with VideoReader(self._files[0], limits) as first:
+            self.height, self.width = first.height, first.width
+        for file in self._files[1:]:
+            with VideoReader(file, limits) as reader:
+                self._check_size(file, reader.height, reader.width)
 
-    def read(self, count: int) -> bytes:
-        return self._file.read(count)
+    def timed(self) -> Iterator[tuple[Fraction | None, np.ndarray]]:
+        for index, file in enumerate(self._files):
+            with VideoReader(file, self._limits) as reader:
+                frame = next(iter(reader))
+            if index == 0:
+                self.height, self.width = frame.shape[:2]
+            self._check_size(file, *frame.shape[:2])
+            yield None, frame
+
+    def _check_size(self, file: Path, height: int, width: int) -> None:
+        if (height, width) != (self.height, self.width):
+            sizes = f"{self.width} x {self.height} to {width} x {height}"
+            raise VideoError(f"input {str(file)!r}: frame size changes from {sizes}")
+
+    def close(self) -> None:
+        """Holds nothing open."""
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The PNG files of a folder that are frames, in the order of the numbers in their names: frame2 before frame10.
+
+    Hidden files are none, nor are thumbnails beside others.
+    """
+    files = [file for file in folder.iterdir()
+             if file.suffix.lower() == ".png" and not file.name.startswith(".") and file.is_file()]  # fmt: skip
+    frames = [file for file in files if not _THUMBNAIL.search(file.stem)] or files
+    return sorted(frames, key=lambda file: (_natural(file.name), file.name))
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Text and numbers in turn."""
+    return [(text.lower(), int(number or -1)) for text, number in re.findall(r"([^0-9]*)([0-9]*)", name)]
+
+
+def _picture(path: str | os.PathLike | bytes, name: str, limits: Limits) -> Any:
+    """What Pillow reads; None for what is FFmpeg's: clips, and with them gif and PNG that move."""
+    image = open_picture(path, name, limits.max_pixels)
+    if image is None or image.format == "GIF":
+        return None
+    with _damage_as_video_error(name):
+        return None if image.format == "PNG" and moves(image) else image
+
+
+@contextlib.contextmanager
+def _damage_as_video_error(name: str):
+    """Pillow's decoders raise many kinds."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as error:
+        raise VideoError(f"input {name!r} is damaged: {one_line(error)}") from error

@@ -15,7 +15,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from pylumiere._runtime import FrameQueue, instruction_set
 from pylumiere.errors import VideoError
 from pylumiere.media.ffmpeg import PIPE, as_video_error, import_av
 from pylumiere.media.pixels import checked_frames, to_yuv420p
+from pylumiere.media.placement import square_pixels
 
 FORMATS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif", ".png": "picture"}
 _OTHERS = "a name in .mp4, .webm, .gif or a folder"
@@ -83,22 +85,37 @@ class VideoWriter:
 
     Args:
         path: as in `Video.save`.
-        fps: frames a second.
+        fps: frames a second; where frames have times, on average.
+        time_base: unit in seconds of the times that `write` is given; None for frames that come evenly. gif and webm
+            round to units of their own, 1/100 and 1/1000. Pictures have no times.
+        pixel_aspect: width of a pixel over its height. Only mp4 and gif can tell; others get frames with square ones.
+
+    Attributes:
+        last_duration: seconds for which the last of frames with times stands; 1 / fps if None. A gif needs it before
+            the first frame.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: float):
+    def __init__(
+        self, path: str | os.PathLike, fps: float, *, time_base: Fraction | None = None, pixel_aspect: float = 1
+    ):
         if not 0 < fps <= 1000:
             raise VideoError(f"fps={fps} is not in 0..1000")
         self.path = str(path)
         self.num_frames = 0
+        self.last_duration: Fraction | None = None
         self._format = output_format(path)
         self._size: tuple[int, int] | None = None
-        self._rate = Fraction(fps).limit_denominator(1001)
+        self._aspect = Fraction(pixel_aspect).limit_denominator(255)
+        rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
         encoders = {"png": _PngFolder, "picture": _Png, "gif": _Gif, "mp4": _Mp4, "webm": _Webm}
-        self._sink: _PngFolder | _Png | _Container | None = encoders[self._format](self.path, self._rate)
+        form = _Form(self.path, rate, time_base, self._aspect, lambda: self.last_duration)
+        self._sink: _PngFolder | _Png | _Container | None = encoders[self._format](form)
 
-    def write(self, frames: np.ndarray) -> None:
+    def write(self, frames: np.ndarray, times: Sequence[Fraction] | None = None) -> None:
         """Appends [n, H, W, 3] or one frame [H, W, 3], uint8 or float in 0..1.
+
+        Args:
+            times: seconds from the first frame of all to each of these; they rise.
 
         Raises:
             VideoError: another size than before, a size the format does not take, or an output that fails.
@@ -115,8 +132,10 @@ class VideoWriter:
             height, width = self._size
             raise VideoError(f"frame size {size[1]} x {size[0]} differs from the first, {width} x {height}")
         with as_video_error(self.path):
-            for frame in frames:
-                self._sink.write(np.ascontiguousarray(frame))
+            for frame, time in zip(frames, times or [None] * len(frames), strict=True):
+                if self._format not in ("mp4", "gif"):
+                    frame = square_pixels(frame, self._aspect, 2 if self._format == "webm" else 1)
+                self._sink.write(np.ascontiguousarray(frame), time)
                 self.num_frames += 1
 
     def close(self) -> None:
@@ -205,14 +224,25 @@ class BackgroundWriter:
             self.abort()
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What a writer was asked for."""
+
+    path: str
+    rate: Fraction
+    time_base: Fraction | None
+    pixel_aspect: Fraction
+    last_duration: Callable[[], Fraction | None]
+
+
 class _Png:
     """One picture, under a temporary name until it is whole."""
 
-    def __init__(self, path: str, rate: Fraction):
-        self._path = Path(path)
+    def __init__(self, form: _Form):
+        self._path = Path(form.path)
         self._data: bytes | None = None
 
-    def write(self, frame: np.ndarray) -> None:
+    def write(self, frame: np.ndarray, time: Fraction | None) -> None:
         if self._data is not None:
             raise VideoError(f"output {str(self._path)!r} holds one picture, and the clip has more; give {_OTHERS}")
         self._data = encode_png(frame)
@@ -230,12 +260,12 @@ class _Png:
 class _PngFolder:
     """frame_000000.png, frame_000001.png, ... in a folder that is made aside and renamed."""
 
-    def __init__(self, path: str, rate: Fraction):
-        self._path = Path(path)
+    def __init__(self, form: _Form):
+        self._path = Path(form.path)
         self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent))
         self._index = 0
 
-    def write(self, frame: np.ndarray) -> None:
+    def write(self, frame: np.ndarray, time: Fraction | None) -> None:
         (self._folder / f"frame_{self._index:06d}.png").write_bytes(encode_png(frame))
         self._index += 1
 
@@ -264,9 +294,10 @@ class _Container:
     container_options: dict[str, str] = {}
     pipe_options: dict[str, str] = {}
 
-    def __init__(self, path: str, rate: Fraction):
+    def __init__(self, form: _Form):
         av = import_av()
-        self._path, self._rate = path, rate
+        self._form, path = form, form.path
+        self._tick = 1 / form.rate if form.time_base is None else self._times_unit(form.time_base)
         self._temporary: str | None = None
         options = {"fflags": "+bitexact", **(self.pipe_options if path == PIPE else self.container_options)}
         if self.codec not in av.codecs_available:
@@ -278,23 +309,27 @@ class _Container:
             os.close(handle)
             self._container = av.open(self._temporary, "w", format=self.format, options=options)
         self._stream = None
+        self._next = 0  # the earliest tick of the next frame
+        self._held = None  # of frames with times the last packet, until it is known how long it lasts
 
-    def write(self, frame: np.ndarray) -> None:
+    def write(self, frame: np.ndarray, time: Fraction | None) -> None:
         if self._stream is None:
             self._stream = self._open_stream(frame.shape[1], frame.shape[0])
-            self._index = 0
         picture = self._picture(frame)
-        picture.pts = self._index
-        picture.time_base = 1 / self._rate
-        self._index += 1
+        picture.pts = self._next if time is None else max(self._next, round(time / self._tick))
+        picture.time_base = self._tick
+        self._next = picture.pts + 1
         self._encode(picture)
 
     def finish(self) -> None:
         self._encode(None)
+        if self._held is not None:
+            self._held.duration = max(1, round(self._last_duration() / self._tick))
+            self._container.mux(self._held)
         self._container.close()
         if self._temporary is not None:
             os.chmod(self._temporary, 0o666 & ~_umask())
-            os.replace(self._temporary, self._path)
+            os.replace(self._temporary, self._form.path)
             self._temporary = None
 
     def drop(self) -> None:
@@ -307,16 +342,28 @@ class _Container:
     def _codec_options(self) -> dict[str, str]:
         return dict(self.codec_options)
 
+    def _times_unit(self, unit: Fraction) -> Fraction:
+        """In which times are written: the given unit, unless a container has no place for it."""
+        return unit if unit.numerator == 1 and unit.denominator <= 1_000_000 else Fraction(1, 90_000)
+
+    def _last_duration(self) -> Fraction:
+        told = self._form.last_duration()
+        return 1 / self._form.rate if told is None else told
+
     def _open_stream(self, width: int, height: int):
         from av.codec.context import Flags
 
-        stream = self._container.add_stream(self.codec, rate=self._rate, options=self._codec_options())
+        stream = self._container.add_stream(self.codec, rate=self._form.rate, options=self._codec_options())
         context = stream.codec_context
         context.width, context.height = width, height
         context.pix_fmt = self.pixel_format
-        context.time_base = 1 / self._rate
+        context.time_base = self._tick
         context.thread_count = 1
         context.flags |= Flags.bitexact
+        if self._form.pixel_aspect != 1 and self.format in ("mp4", "gif"):
+            context.sample_aspect_ratio = self._form.pixel_aspect
+        if self._form.time_base is not None:
+            context.max_b_frames = 0  # packets in the order of frames: then an mp4 tells how long each stands
         return stream
 
     def _picture(self, frame: np.ndarray):
@@ -325,7 +372,13 @@ class _Container:
 
     def _encode(self, picture) -> None:
         for packet in self._stream.encode(picture):
-            self._container.mux(packet)
+            if self._form.time_base is None:
+                self._container.mux(packet)
+                continue
+            if self._held is not None:
+                self._held.duration = packet.pts - self._held.pts
+                self._container.mux(self._held)
+            self._held = packet
 
 
 class _Yuv(_Container):
@@ -363,6 +416,9 @@ class _Webm(_Yuv):
     format, codec = "webm", "libvpx-vp9"
     codec_options = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0"}
 
+    def _times_unit(self, unit: Fraction) -> Fraction:
+        return Fraction(1, 1000)
+
 
 class _Gif(_Container):
     """256 colours chosen for each frame, so that frames can be written as they come."""
@@ -370,11 +426,16 @@ class _Gif(_Container):
     format, codec, pixel_format = "gif", "gif", "pal8"
     container_options = {"loop": "0"}
 
+    def _times_unit(self, unit: Fraction) -> Fraction:
+        return Fraction(1, 100)
+
     def _open_stream(self, width: int, height: int):
         av = import_av()
+        if self._form.time_base is not None:
+            self._container.options["final_delay"] = str(min(65_535, max(1, round(self._last_duration() * 100))))
         stream = super()._open_stream(width, height)
         graph = av.filter.Graph()
-        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / self._rate)
+        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=self._tick)
         split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
         use, sink = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=4"), graph.add("buffersink")
         source.link_to(split)

@@ -13,6 +13,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img
 from support.testing import psnr, rel_rms
 
+from pylumiere.backends.choice import Choice
+from pylumiere.checkpoints.diffusers import read_diffusers_folder
 from pylumiere.diffusion.noise import frame_noise
 from pylumiere.engine import Engine
 
@@ -163,3 +165,17 @@ def test_video_to_video_is_img2img_of_every_frame(load, monkeypatch, name, sampl
     )  # fmt: skip
     assert_the_same(engine, expected, prompt=PROMPT, video=video, strength=strength, num_inference_steps=6, seed=7,
                     sampler=sampler)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_kernels_make_the_frames_of_the_pipeline(load, tiny_sd):
+    """The Triton backend, its kernels in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are interpreted only where there is no GPU")
+    pipeline, _ = load("sd1")
+    pipeline.scheduler = make_scheduler("ddim", "epsilon")
+    fields = {"prompt": PROMPT, "guidance_scale": 1.0, "num_inference_steps": 2, "latents": noise()}
+    folder = read_diffusers_folder(tiny_sd(**FOLDERS["sd1"])[1])
+    with Engine(folder, Choice("triton", torch.device("cpu"), "fp32", "interpreted")) as engine:
+        made = engine.generate(sampler="ddim", output_type="float", **fields).frames
+    assert psnr(made, theirs(pipeline, **fields)[1]) > 50

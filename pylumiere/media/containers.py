@@ -183,7 +183,8 @@ class Container:
             return _Listing(num_frames, rate)
         # What is shown before the first key frame cannot be decoded: a group of pictures that was cut.
         ticks = np.sort(np.array(times, np.int64))
-        ticks = ticks[ticks >= (ticks[0] if key is None else key)]
+        shown = ticks >= (ticks[0] if key is None else key)
+        ticks = ticks[shown] if shown.any() else ticks
         stands = self._last_ticks(*last)
         rate, is_even = average_rate(ticks, stands, tick, self._told_rates())
         if not stands:

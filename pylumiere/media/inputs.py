@@ -1,9 +1,7 @@
 """A user's pictures, clips and masks, from files or their bytes, as arrays of a request.
 
-Pictures are read by Pillow, clips by FFmpeg; what one does not know, the other is asked. A picture is turned upright
-(EXIF), transparent pixels are laid on black, grey and 16-bit pixels become 8-bit RGB, an embedded colour
-profile is ignored. A clip of varying frame rate is read at its average rate, each frame standing until the next comes.
-Sizes are checked before pixels are decoded.
+What is read how: docs/inputs.md. A clip that comes evenly is left as it is; one of varying rate is read at its average,
+each frame standing until the next comes. Sizes are checked before pixels are decoded.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class VideoWriter:
         pixel_aspect: width of a pixel over its height. Only mp4 and gif can tell; others get frames with square ones.
 
     Attributes:
-        last_duration: seconds for which the last of frames with times stands; 1 / fps if None. A gif needs it before
-            the first frame.
+        last_duration: seconds for which the last of frames with times stands; 1 / fps if None. Given before the first
+            frame it is kept to the tick; later a gif cannot take it, and an mp4 only nearly.
     """
 
     def __init__(
@@ -362,8 +362,8 @@ class _Container:
         context.flags |= Flags.bitexact
         if self._form.pixel_aspect != 1 and self.format in ("mp4", "gif"):
             context.sample_aspect_ratio = self._form.pixel_aspect
-        if self._form.time_base is not None:
-            context.max_b_frames = 0  # packets in the order of frames: then an mp4 tells how long each stands
+        if self._form.time_base is not None and self._form.last_duration() is not None:
+            context.max_b_frames = 0  # packets in the order of frames: then an mp4 tells how long the last one stands
         return stream
 
     def _picture(self, frame: np.ndarray):
@@ -376,7 +376,7 @@ class _Container:
                 self._container.mux(packet)
                 continue
             if self._held is not None:
-                self._held.duration = packet.pts - self._held.pts
+                self._held.duration = packet.dts - self._held.dts
                 self._container.mux(self._held)
             self._held = packet
 

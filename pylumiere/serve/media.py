@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pylumiere.arrays import moves
 from pylumiere.errors import VideoError
 from pylumiere.media.inputs import request_fields
 from pylumiere.media.readers import Limits, VideoReader
@@ -30,7 +31,7 @@ def is_picture(data: bytes) -> bool:
 
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
-            return image.format != "PNG" or getattr(image, "n_frames", 1) == 1
+            return not moves(image)
     except Image.DecompressionBombError:  # from the header; refused when it is read
         return True
     except Exception:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from support.clips import turned
 from support.media import BLACK, BLUE, RED, WHITE, corners, png_file, sound_file
 
 from pylumiere.errors import InvalidRequest, VideoError
@@ -134,12 +134,6 @@ def test_missing_file_is_named(tmp_path):
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
-
-
-def turned(data, matrix):
-    """The same mp4 with another display matrix in its track header."""
-    start = data.index(b"tkhd") + 4 + 40
-    return data[:start] + struct.pack(">9i", *matrix) + data[start + 36 :]
 
 
 def test_rotation_of_a_phone_is_followed():

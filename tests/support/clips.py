@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -75,7 +76,7 @@ def remux(
     format: str,
     packets: Sequence[SimpleNamespace] | None = None,
     *,
-    first: Callable[[av.container.OutputContainer], None] | None = None,
+    first: Callable[[av.container.OutputContainer], Iterable[av.Packet]] | None = None,
     sound: float | None = None,
     subtitles: float | None = None,
     last: float | None = None,
@@ -85,7 +86,7 @@ def remux(
     """The packets of a file's video, or those that are given, in another container.
 
     Args:
-        first: adds what comes before the video.
+        first: adds streams before the video, and gives their packets.
         sound, subtitles: seconds of them, from 0 on.
         last: seconds for which the last packet stands.
         default: number of the stream that is the default; the container's own choice if None.
@@ -93,11 +94,12 @@ def remux(
     file = io.BytesIO()
     packets = packets_of(data) if packets is None else packets
     with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=format, options=container or {}) as output:
-        if first is not None:
-            first(output)
+        before = [] if first is None else first(output)
         stream = output.add_stream_from_template(source.streams.video[0])
         text = _subtitles(output, subtitles) if subtitles else None
         voice = _sound(output, format) if sound else None
+        for packet in before:
+            output.mux(packet)
         unit = Fraction(1, 90_000)
         for index, packet in enumerate(packets):
             made = av.Packet(packet.data)
@@ -134,6 +136,58 @@ def _subtitles(output, seconds: float):
     for packet in packets:
         packet.stream = stream
     return packets
+
+
+def turned(data: bytes, matrix: Sequence[int]) -> bytes:
+    """The same mp4 with another display matrix, a b u c d v x y w, in the header of its first track."""
+    start = data.index(b"tkhd") + 4 + 40
+    return data[:start] + struct.pack(">9i", *matrix) + data[start + 36 :]
+
+
+def tiles(payloads: Sequence[bytes], config: bytes, brand: bytes, side: int, columns: int) -> bytes:
+    """A picture of tiles of `side` x `side` pixels, row by row: ISO/IEC 23008-12, a derived image of type grid.
+
+    Args:
+        payloads: what codes each tile.
+        config: the box that configures the codec, hvcC or av1C.
+        brand: heic or avif.
+    """
+
+    def box(kind: bytes, *parts: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + sum(map(len, parts)), kind) + b"".join(parts)
+
+    def full(kind: bytes, version: int, *parts: bytes) -> bytes:
+        return box(kind, struct.pack(">I", version << 24), *parts)
+
+    count, rows = len(payloads), len(payloads) // columns
+    grid, width, height = count + 1, side * columns, side * rows
+    codec = {b"heic": b"hvc1", b"avif": b"av01"}[brand]
+    kinds = [*[codec] * count, b"grid"]
+    items = [full(b"infe", 2, struct.pack(">HH4s", index, 0, kind), b"\0") for index, kind in enumerate(kinds, 1)]
+    sizes = [full(b"ispe", 0, struct.pack(">II", *size)) for size in ((side, side), (width, height))]
+    shares = [*[(index, b"\x81\2\4") for index in range(1, grid)], (grid, b"\3\4")]
+    properties = b"".join(struct.pack(">HB", index, len(each)) + each for index, each in shares)
+    layout = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, width, height)
+    parts = [
+        full(b"hdlr", 0, struct.pack(">I4s12x", 0, b"pict"), b"\0"),
+        full(b"pitm", 0, struct.pack(">H", grid)),
+        full(b"iinf", 0, struct.pack(">H", len(items)), *items),
+        full(b"iref", 0, box(b"dimg", struct.pack(f">HH{count}H", grid, count, *range(1, grid)))),
+        box(b"iprp", box(b"ipco", config, *sizes, full(b"pixi", 0, b"\3\x08\x08\x08")),
+            full(b"ipma", 0, struct.pack(">I", len(shares)), properties)),
+        box(b"idat", layout),
+    ]  # fmt: skip
+    start = box(b"ftyp", brand, bytes(4), b"mif1", brand)
+
+    def places(first: int) -> bytes:
+        rows = [struct.pack(">HHHHII", grid, 1, 0, 1, 0, len(layout))]
+        for index, payload in enumerate(payloads, 1):
+            rows.append(struct.pack(">HHHHII", index, 0, 0, 1, first, len(payload)))
+            first += len(payload)
+        return full(b"iloc", 1, struct.pack(">BBH", 0x44, 0, len(rows)), *rows)
+
+    first = len(start) + len(full(b"meta", 0, *parts, places(0))) + 8
+    return start + full(b"meta", 0, *parts, places(first)) + box(b"mdat", *payloads)
 
 
 def piped(monkeypatch, data: bytes) -> str:

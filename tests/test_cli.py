@@ -147,11 +147,11 @@ def test_upscale_of_any_length_and_through_pipes(tiny, folder, capsys):
     assert sorted(os.listdir(folder)) == ["large.mp4", "piped.mp4", "s.png", "small.mp4"]
     # On a pipe the length is not known in advance; the windows are the same all the same. (An encoder that is told the
     # frames' own times, which a pipe does not tell, spends its bits otherwise.)
-    for source, given in (("small.mp4", None), ("-", "small.mp4")):
+    for source, given, output in (("small.mp4", None, "read"), ("-", "small.mp4", "piped")):
         command = [sys.executable, "-P", "-m", "pylumiere.cli", "upscale", source, "--model", tiny]
         with open(given or os.devnull, "rb") as stdin:
-            subprocess.run([*command, "-o", f"frames of {source}"], stdin=stdin, check=True, timeout=120)
-    assert np.array_equal(read_video("frames of -").frames, read_video("frames of small.mp4").frames)
+            subprocess.run([*command, "-o", output], stdin=stdin, check=True, timeout=120)
+    assert np.array_equal(read_video("piped").frames, read_video("read").frames)
     assert main(["upscale", "-", "--model", tiny, "-o", "looped.mp4", "--loop"]) == 2
     assert capsys.readouterr().err == "pylumiere: --loop needs an input whose length is known; - is a pipe\n"
     assert main(["upscale", "small.mp4", "--model", tiny, "-o", "looped.mp4", "--loop"]) == 0

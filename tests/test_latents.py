@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.testing import write_random_model
+from support.testing import wait_until, write_random_model
 from support.toy import latent_model
 from support.whole_clip import WholeClip, decoded, in_unit_range
 
@@ -97,13 +97,6 @@ class Gate:
 @pytest.fixture
 def calls(engine, monkeypatch):
     return Calls(engine, monkeypatch)
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def is_idle(engine):

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from support.testing import with_stage, write_random_model
+from support.testing import wait_until, with_stage, write_random_model
 from support.toy import three_stages
 from support.whole_clip import WholeClip, in_unit_range
 
@@ -56,13 +56,6 @@ def engine(folder):
 def oracle_of(folder, config=CONFIG, steps=None):
     checkpoint = dataclasses.replace(load_checkpoint(folder), config=config)
     return WholeClip(config, TorchBackend(checkpoint, choose("torch", "cpu", "fp32")), steps)
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def is_idle(engine):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.testing import with_stage, write_random_model
+from support.testing import wait_until, with_stage, write_random_model
 
 from pylumiere.backends.choice import choose
 from pylumiere.backends.torch import TorchBackend
@@ -80,13 +80,6 @@ class Gate:
         assert self.opened.wait(30)
         self.rows += 1
         return self.inner(*args, **kwargs)
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 # ---- the same bytes in any company ----------------------------------------------------------------------------------

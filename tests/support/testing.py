@@ -126,3 +126,11 @@ def psnr(actual: Any, expected: Any) -> float:
     actual, expected = (torch.as_tensor(clip, dtype=torch.float64) for clip in (actual, expected))
     assert actual.shape == expected.shape
     return -10 * (actual - expected).square().mean().log10().item()
+
+
+def wait_until(condition, seconds=10):
+    """Returns as soon as `condition()` holds; fails after that many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
